@@ -1,0 +1,90 @@
+"""`ksort-gguf demo`: the whole path on a small real model, in a minute or two."""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+_N_CTX = 512
+_N_CHUNKS = 4
+_PROMPT = "A key cache stores"
+_N_PREDICT = 32
+
+
+def configure_parser(subparsers) -> None:
+    parser = subparsers.add_parser(
+        "demo",
+        help="convert, run and measure a small model",
+        description="Downloads SmolLM2-135M (93 MB, once), K-sorts it, generates text, and measures three key caches.",
+    )
+    parser.add_argument("-t", "--threads", type=int, default=0, metavar="N", help="CPU threads (default: all)")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    from ksort_gguf.convert import convert
+    from ksort_gguf.demo_model import demo_model
+    from ksort_gguf.runtime.load import load_model
+
+    stock_path = demo_model()
+    folded_path = stock_path.with_suffix(".ksort.gguf")
+    convert(stock_path, folded_path, force=True)
+    print(f"{stock_path}\n  -> {folded_path} (keys sorted, BFP12 key cache declared)\n")
+    folded = load_model(folded_path, n_threads=args.threads)
+    _generate(folded)
+    stock = load_model(stock_path, n_threads=args.threads)
+    _measure([("f16 K", stock, "f16"), ("BFP12 K, unsorted", stock, "bfp12"), ("BFP12 K, K-sorted", folded, "bfp12")])
+
+
+def _generate(loaded) -> None:
+    """A greedy continuation of the prompt, streamed, and what it took."""
+    from ksort_gguf.runtime.generate import Generator
+    from ksort_gguf.runtime.sampling import Sampler
+
+    generator = Generator(loaded.model.start(loaded.cache_options(), _N_CTX), Sampler(temp=0))
+    generator.set_prompt(loaded.tokenizer.encode(_PROMPT))
+    stream = loaded.tokenizer.stream()
+    print(_PROMPT, end="", flush=True)
+    for token in generator.generate(_N_PREDICT):
+        print(stream.feed(token), end="", flush=True)
+    print(f"{stream.flush()}\n\n{generator.report()}\n")
+
+
+def _measure(caches) -> None:
+    """Perplexity, KL divergence to the first cache, and bytes, of (label, model, K type) caches on the same text."""
+    from ksort_gguf.runtime import perplexity as protocol
+    from ksort_gguf.runtime.kld import Base, BaseWriter
+
+    tokens = caches[0][1].tokenizer.encode(_prose(), parse_special=False)[: _N_CHUNKS * _N_CTX]
+    print(f"Python's own documentation, {_N_CHUNKS} chunks of {_N_CTX} tokens:\n")
+    print(f"{'key cache':<20}{'PPL':>9}{'mean KLD':>11}{'bits a value':>14}{'K bytes at ' + str(_N_CTX):>16}")
+    with tempfile.TemporaryDirectory() as folder:
+        base_path = Path(folder) / "base"
+        for label, loaded, k_type in caches:
+            sequence = loaded.model.start(loaded.cache_options(k_type), _N_CTX)
+
+            def forward(ids, first_logit, sequence=sequence):
+                sequence.cache.truncate(0)
+                return sequence.forward(ids, n_logits=len(ids) - first_logit)
+
+            if base_path.exists():
+                with Base(base_path, loaded.model.n_vocab) as base:
+                    statistics = protocol.kl_divergence(forward, base)
+                ppl, kld = statistics.ppl().value, f"{statistics.mean_kld().value:.4f}"
+            else:
+                with BaseWriter(base_path, _N_CTX, loaded.model.n_vocab, tokens) as writer:
+                    ppl, kld = protocol.perplexity(forward, tokens, _N_CTX, base_writer=writer).ppl, "-"
+            bits = _bits(sequence.cache)
+            print(f"{label:<20}{ppl:>9.3f}{kld:>11}{bits:>14.2f}{sequence.cache.k_bytes():>16,}", flush=True)
+
+
+def _bits(cache) -> float:
+    """Bits that one stored key value takes."""
+    g = cache.geometry
+    return cache.k_bytes() * 8 / (cache.n_tokens * g.n_layers * g.n_kv_heads * g.head_dim)
+
+
+def _prose() -> str:
+    """English text that every CPython carries."""
+    from pydoc_data.topics import topics
+
+    return "\n".join(topics[name] for name in sorted(topics))

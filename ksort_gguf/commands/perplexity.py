@@ -1,0 +1,100 @@
+"""`ksort-gguf perplexity`: llama-perplexity's measurement, and KL divergence against a base file."""
+
+import argparse
+import sys
+from contextlib import nullcontext
+
+from ksort_gguf.cache_types import CACHE_TYPES
+from ksort_gguf.commands.model_arguments import add_model_arguments, cache_options, load
+from ksort_gguf.errors import KsortError
+
+
+def configure_parser(subparsers) -> None:
+    parser = subparsers.add_parser(
+        "perplexity",
+        help="measure perplexity and KL divergence on a text",
+        description="Perplexity by llama-perplexity's protocol; with --kl-divergence, a comparison with a base file.",
+    )
+    add_model_arguments(parser, default_ctx=512)
+    parser.add_argument("-f", "--file", metavar="FILE", help="text to score (UTF-8)")
+    parser.add_argument("--chunks", type=int, default=-1, metavar="N", help="score the first N chunks (default: all)")
+    parser.add_argument(
+        "--kl-divergence-base",
+        metavar="FILE",
+        help="file of log-probabilities in llama.cpp's format: written, or with --kl-divergence read",
+    )
+    parser.add_argument(
+        "--kl-divergence", action="store_true", help="compare with the file that --kl-divergence-base names"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.kl_divergence and args.kl_divergence_base is None:
+        raise KsortError("--kl-divergence needs a base file: name it with --kl-divergence-base")
+    if not args.kl_divergence and args.file is None:
+        raise KsortError("there is no text to score: name a file with -f")
+    loaded = load(args)
+    bos_id = loaded.tokenizer.bos_id if loaded.tokenizer.add_bos else None
+    if args.kl_divergence:
+        _compare(args, loaded, bos_id)
+    else:
+        _score(args, loaded, bos_id)
+
+
+def _forward(args: argparse.Namespace, loaded, n_ctx: int):
+    """The model as perplexity.py wants it: each call a sequence of its own, in one cache."""
+    sequence = loaded.model.start(cache_options(args, loaded), n_ctx)
+
+    def forward(tokens, first_logit):
+        sequence.cache.truncate(0)
+        return sequence.forward(tokens, n_logits=len(tokens) - first_logit)
+
+    return sequence.cache, forward
+
+
+def _score(args: argparse.Namespace, loaded, bos_id: int | None) -> None:
+    from ksort_gguf.runtime import perplexity as protocol
+    from ksort_gguf.runtime.kld import BaseWriter
+
+    n_ctx = loaded.context(args.ctx_size)
+    tokens = protocol.tokenize_file(args.file, loaded.tokenizer)
+    n_chunks = protocol.count_chunks(len(tokens), n_ctx, args.chunks)
+    cache, forward = _forward(args, loaded, n_ctx)
+    _announce(cache, n_chunks, n_ctx)
+    writer = nullcontext()
+    if args.kl_divergence_base is not None:
+        writer = BaseWriter(args.kl_divergence_base, n_ctx, loaded.model.n_vocab, tokens[: n_chunks * n_ctx])
+    with writer as base_writer:
+        result = protocol.perplexity(
+            forward,
+            tokens,
+            n_ctx,
+            n_chunks,
+            bos_id,
+            on_chunk=lambda result: print(result.running(), end="", flush=True),
+            base_writer=base_writer,
+        )
+    print("\n" + result.final())
+
+
+def _compare(args: argparse.Namespace, loaded, bos_id: int | None) -> None:
+    from ksort_gguf.runtime import perplexity as protocol
+    from ksort_gguf.runtime.kld import Base
+    from ksort_gguf.runtime.kld_statistics import HEADER
+
+    with Base(args.kl_divergence_base, loaded.model.n_vocab) as base:
+        cache, forward = _forward(args, loaded, base.n_ctx)
+        _announce(cache, base.n_chunks, base.n_ctx)
+        print(HEADER)
+        statistics = protocol.kl_divergence(
+            forward, base, bos_id, on_chunk=lambda n, statistics: print(statistics.chunk_line(n), flush=True)
+        )
+    print("\n" + statistics.report())
+
+
+def _announce(cache, n_chunks: int, n_ctx: int) -> None:
+    o = cache.options
+    blocks = f" in blocks of {o.block_size}" if CACHE_TYPES[o.k_type].is_bfp else ""
+    types = f"K {o.k_type}{blocks}, V {o.v_type}, queries {o.query_type}"
+    print(f"{n_chunks} chunks of {n_ctx} tokens, {types}", file=sys.stderr)

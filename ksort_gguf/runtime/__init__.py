@@ -1,0 +1,1 @@
+"""The runner: folded weights, packed KV cache, sampling, text."""

@@ -1,0 +1,71 @@
+"""Cache sizes and limits."""
+
+import resource
+
+import pytest
+
+from ksort_gguf.errors import KsortError
+from ksort_gguf.families import Geometry
+from ksort_gguf.runtime.kv_cache import CacheOptions, KVCache
+
+GEOMETRY = Geometry(
+    n_layers=4, n_embd=256, n_heads=8, n_kv_heads=4, head_dim=64, n_rot=64, context_length=4096,
+    rms_epsilon=1e-5, rope_base=10000.0, rope_scaling="none", rope_factor=1.0, window=0,
+)  # fmt: skip
+
+
+def cache(k_type="bfp12", v_type="f16", block_size=32, query_type="bfp16", n_ctx=4096) -> KVCache:
+    return KVCache(GEOMETRY, CacheOptions(k_type, v_type, block_size, query_type), n_ctx)
+
+
+@pytest.mark.parametrize(
+    "k_type, bits", [("f32", 32), ("f16", 16), ("bf16", 16), ("bfp16", 8.25), ("bfp14", 6.25), ("bfp12", 4.25)]
+)
+def test_full_tiles_take_exactly_the_stated_bits(k_type, bits):
+    """Would catch hidden copies or padding in what the run reports as its K cache."""
+    c = cache(k_type)
+    c.n_tokens = 1280
+    assert c.k_bytes() * 8 == 1280 * GEOMETRY.n_layers * GEOMETRY.n_kv_heads * GEOMETRY.head_dim * bits
+
+
+def test_a_started_tile_counts_whole():
+    """Would catch sizes that round down, and so promise less memory than is used."""
+    c = cache()
+    c.n_tokens = 1
+    one = c.k_bytes()
+    c.n_tokens = 64
+    assert c.k_bytes() == one > 0
+    c.n_tokens = 65
+    assert c.k_bytes() == 2 * one
+
+
+def test_a_huge_context_costs_nothing_before_it_is_used():
+    """Would catch a cache that is touched or zeroed when it is made: 32 GiB would then show in the peak memory."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    kept = cache(k_type="f32", v_type="f32", n_ctx=1 << 21)
+    assert kept.k_bytes() == 0
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10
+
+
+def test_truncate_refuses_tokens_that_are_not_there():
+    """Would catch a chat that rewinds past what is stored."""
+    c = cache()
+    c.n_tokens = 10
+    c.truncate(4)
+    assert c.n_tokens == 4
+    with pytest.raises(ValueError, match="cannot keep 5 of 4"):
+        c.truncate(5)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"block_size": 7}, "block size 7 is not one of"),
+        ({"block_size": 128}, "larger than the model's head dimension 64"),
+        ({"n_ctx": 0}, "context size 0"),
+    ],
+)
+def test_impossible_options_are_refused(change, message):
+    """Would catch native errors, or worse, reaching the user for options that never fit the model."""
+    with pytest.raises(KsortError, match=message):
+        cache(**change)
