@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 
 from ksort_gguf import __version__
@@ -34,6 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 1 for an error, 130 when interrupted (2 is argparse's own)."""
     args = build_parser().parse_args(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that half-written files are removed
     try:
         args.run(args)
         sys.stdout.flush()

@@ -1,0 +1,163 @@
+"""`ksort-gguf inspect`: what is in a model or plan file, and what a token costs in the cache."""
+
+import argparse
+import json
+from pathlib import Path
+
+from ksort_gguf.cache_types import (
+    CACHE_TYPES,
+    DEFAULT_QUERY_TYPE,
+    TILE_TOKENS,
+    V_TYPES,
+    Keys,
+    default_block_size,
+    tile_bytes,
+)
+
+
+def configure_parser(subparsers) -> None:
+    parser = subparsers.add_parser(
+        "inspect",
+        help="show what is in a model or plan file",
+        description="Show architecture, weight types, plan, cache types, cache bytes a token, and for each layer what "
+        "the order of keys does: spread (largest / median channel norm of a head) and crest (largest / RMS norm of a "
+        "block) before and after sorting. A stock model is shown with the order it would get.",
+    )
+    parser.add_argument("file", metavar="FILE", help="GGUF model, plan file or Hugging Face directory")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    report = inspect(Path(args.file))
+    print(json.dumps(report) if args.json else _text(report))
+
+
+def inspect(path: Path) -> dict:
+    """A report on a model or plan file, as JSON types. Raises KsortError."""
+    from ksort_gguf.plan.plan_file import is_plan_file, read_plan
+    from ksort_gguf.sources.open_model import open_model
+
+    if path.is_file() and is_plan_file(path):
+        plan = read_plan(path)
+        return {"file": str(path), "kind": "plan", "architecture": plan.base_architecture, "plan": _plan_report(plan)}
+    with open_model(path) as source:
+        return _model_report(path, source)
+
+
+def _model_report(path: Path, source) -> dict:
+    from ksort_gguf.plan.rank import make_plan
+    from ksort_gguf.plan.statistics import layer_statistics
+
+    geometry, metadata = source.geometry, source.metadata
+    block_size = metadata.get(Keys.BLOCK_SIZE, default_block_size(geometry.head_dim))
+    kind = "checkpoint" if path.is_dir() else "folded" if source.plan else "stock"
+    plan = source.plan or make_plan(source)
+    return {
+        "file": str(path),
+        "kind": kind,
+        "architecture": metadata["general.architecture"],
+        "name": metadata.get("general.name"),
+        "geometry": vars(geometry),
+        "weights": _weight_report(source),
+        "plan": _plan_report(source.plan) if source.plan else None,
+        "cache": _declared(metadata),
+        "block_size": block_size,
+        "cache_bytes_per_token": _cache_bytes(geometry, block_size),
+        "layers": [vars(layer) for layer in layer_statistics(source, plan, block_size)],
+    }
+
+
+def _weight_report(source) -> dict:
+    """For each tensor type, the number of tensors and their bytes."""
+    types: dict[str, dict[str, int]] = {}
+    for tensor in source.tensors.values():
+        entry = types.setdefault(tensor.type.name, {"tensors": 0, "bytes": 0})
+        entry["tensors"] += 1
+        entry["bytes"] += tensor.n_bytes
+    return types
+
+
+def _plan_report(plan) -> dict:
+    report = {
+        "name": plan.name,
+        "steps": list(plan.steps),
+        "rank": plan.rank,
+        "row_order": plan.row_order,
+        "base_architecture": plan.base_architecture,
+        "weights_hash": plan.weights_hash,
+    }
+    if plan.order is not None:
+        report |= dict(zip(("n_layers", "n_kv_heads", "head_dim"), plan.order.shape, strict=True))
+    return report
+
+
+def _declared(metadata: dict) -> dict | None:
+    """The cache types that a file declares."""
+    if Keys.CACHE_TYPE_K not in metadata:
+        return None
+    return {
+        "k_type": metadata[Keys.CACHE_TYPE_K],
+        "block_size": metadata.get(Keys.BLOCK_SIZE),
+        "query_type": metadata.get(Keys.QUERY_TYPE, DEFAULT_QUERY_TYPE),
+    }
+
+
+def _cache_bytes(geometry, block_size: int) -> dict:
+    """For each cache type, bytes a token of all layers' keys, and of values where the type may hold values."""
+    n_heads = geometry.n_layers * geometry.n_kv_heads
+    report = {}
+    for name, cache_type in CACHE_TYPES.items():
+        if cache_type.is_bfp and block_size > geometry.head_dim:
+            continue
+        n_bytes = n_heads * tile_bytes(cache_type, geometry.head_dim, block_size) / TILE_TOKENS
+        report[name] = {"k": n_bytes, "v": n_bytes if name in V_TYPES else None}
+    return report
+
+
+def _text(report: dict) -> str:
+    lines = [f"{report['file']}: {report['kind']}, architecture {report['architecture']}"]
+    if report.get("name"):
+        lines.append(f"name: {report['name']}")
+    plan = report["plan"]
+    if plan:
+        lines.append(
+            f"plan: {plan['name']}, steps {' '.join(plan['steps'])}, ranked by {plan['rank']}, "
+            f"row order {plan['row_order']}, made for {plan['weights_hash']}"
+        )
+        lines.append(
+            f"      {plan.get('n_layers')} layers, {plan.get('n_kv_heads')} key heads of {plan.get('head_dim')}"
+        )
+    else:
+        lines.append("plan: none")
+    if report["kind"] != "plan":
+        lines += _model_text(report)
+    return "\n".join(lines)
+
+
+def _model_text(report: dict) -> list[str]:
+    geometry, cache = report["geometry"], report["cache"]
+    lines = [
+        f"heads: {geometry['n_layers']} layers, {geometry['n_heads']} query heads, {geometry['n_kv_heads']} key heads "
+        f"of {geometry['head_dim']} channels ({geometry['n_rot']} rotated), context {geometry['context_length']}"
+    ]
+    if cache:
+        lines.append(
+            f"cache: declared {cache['k_type']} keys in blocks of {cache['block_size']}, {cache['query_type']} queries"
+        )
+    else:
+        lines.append("cache: nothing declared")
+    lines += ["", "weights     tensors       MB"]
+    lines += [
+        f"{name:<10} {entry['tensors']:>8} {entry['bytes'] / 1e6:>8.1f}" for name, entry in report["weights"].items()
+    ]
+    lines += ["", f"cache bytes a token, all layers, blocks of {report['block_size']}:", "type           keys   values"]
+    for name, entry in report["cache_bytes_per_token"].items():
+        values = "-" if entry["v"] is None else f"{entry['v']:.0f}"
+        lines.append(f"{name:<10} {entry['k']:>8.0f} {values:>8}")
+    sorted_heading = "crest sorted" if report["plan"] else "crest if sorted"
+    lines += ["", f"layer   spread   crest stock   {sorted_heading}"]
+    for layer, entry in enumerate(report["layers"]):
+        crests = f"{entry['crest_stock']:>13.3f} {entry['crest_sorted']:>{len(sorted_heading) + 2}.3f}"
+        lines.append(f"{layer:>5} {entry['spread']:>8.2f} {crests}")
+    return lines

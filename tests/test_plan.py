@@ -1,0 +1,150 @@
+"""K plans: ranking, folding, and their files."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+from checkpoint_support import HEAD_DIM, LLAMA, N_KV_HEADS, QWEN2, random_weights, write_checkpoint
+
+from ksort_gguf.errors import KsortError
+from ksort_gguf.families import Geometry
+from ksort_gguf.families.rope import folded_tables, stock_tables
+from ksort_gguf.plan.fold import fold_rows, inverse_order
+from ksort_gguf.plan.plan_file import check_plan, read_plan, write_plan
+from ksort_gguf.plan.rank import effective_energies, make_plan, weight_energies
+from ksort_gguf.sources.hf import open_hf
+
+_GEOMETRY = Geometry(2, 48, 4, 2, 16, 16, 128, 1e-5, 10000.0, "none", 1.0, 0)
+
+
+@pytest.fixture
+def qwen(tmp_path: Path, rng):
+    with open_hf(write_checkpoint(tmp_path / "qwen", QWEN2, random_weights(rng, biases=True)), "f32") as source:
+        yield source
+
+
+def _orders(rng, n_kv_heads: int = N_KV_HEADS, head_dim: int = HEAD_DIM) -> np.ndarray:
+    return np.stack([rng.permutation(head_dim) for _ in range(n_kv_heads)]).astype(np.int32)
+
+
+def test_weight_norm_order_falls(qwen):
+    """Catches rising order, ranks taken over columns, and heads mixed up."""
+    plan = make_plan(qwen)
+    for layer in range(2):
+        norms = np.linalg.norm(qwen.tensors[f"blk.{layer}.attn_k.weight"].read_f32().astype(np.float64), axis=1)
+        by_head = norms.reshape(N_KV_HEADS, HEAD_DIM)
+        assert (np.diff(np.take_along_axis(by_head, plan.order[layer], axis=1)) <= 0).all()
+
+
+def test_equal_norms_keep_channel_order():
+    """Catches an unstable sort, with which two runs or machines could disagree about a file."""
+    energies = weight_energies(np.ones((32, 48), np.float32), _GEOMETRY)
+    assert np.array_equal(np.argsort(-energies, axis=1, kind="stable"), np.tile(np.arange(16), (2, 1)))
+
+
+@pytest.mark.parametrize("row_order", ["half", "interleaved"])
+def test_effective_norm_is_the_mean_square_of_rotated_keys(rng, row_order: str):
+    """Catches a forgotten gain, bias or partner: the formula against keys that are computed, rotated and averaged."""
+    weight = rng.standard_normal((32, 48)).astype(np.float32)
+    bias, gain = rng.standard_normal(32).astype(np.float32), rng.uniform(0.5, 2, 48).astype(np.float32)
+    inputs = rng.standard_normal((200_000, 48))
+    keys = ((inputs * gain) @ weight.T.astype(np.float64) + bias).reshape(-1, 2, 16)
+    tables = stock_tables(16, 16, row_order)
+    angle = rng.uniform(0, 2 * np.pi, (len(keys), 1, 8))
+    partners = keys[:, :, tables.partner] * tables.sign
+    rotated = keys * np.cos(angle)[..., tables.frequency] + partners * np.sin(angle)[..., tables.frequency]
+    expected = (rotated**2).mean(axis=0)
+    assert effective_energies(weight, bias, gain, _GEOMETRY, row_order) == pytest.approx(expected, rel=0.03)
+
+
+def test_fold_shares_the_order_of_a_group(rng):
+    """Catches query heads folded with their own index instead of their KV head's."""
+    order = _orders(rng)
+    rows = rng.standard_normal((4 * HEAD_DIM, 8)).astype(np.float32)
+    folded = fold_rows(rows.view(np.uint8).reshape(-1), rows.shape, order, 4).view(np.float32).reshape(rows.shape)
+    for head in range(4):
+        expected = rows[head * HEAD_DIM + order[head // 2]]
+        assert np.array_equal(folded[head * HEAD_DIM : (head + 1) * HEAD_DIM], expected)
+
+
+def test_fold_moves_quantized_rows_as_bytes(rng):
+    """Catches rows split at value instead of byte boundaries."""
+    values = rng.standard_normal((2 * HEAD_DIM, 64)).astype(np.float32)
+    raw = gguf.quants.quantize(values, gguf.GGMLQuantizationType.Q8_0)
+    order = _orders(rng)
+    folded = fold_rows(raw.reshape(-1), values.shape, order, 2).reshape(raw.shape)
+    assert np.array_equal(folded[HEAD_DIM:], raw[HEAD_DIM:][order[1]])
+    unfolded = fold_rows(folded.reshape(-1), values.shape, inverse_order(order), 2)
+    assert np.array_equal(unfolded, raw.reshape(-1))
+
+
+@pytest.mark.parametrize("row_order", ["half", "interleaved"])
+def test_folding_keeps_scores(rng, row_order: str):
+    """Catches a fold that RoPE in folded order doesn't undo: q.k after RoPE must be that of the stock model."""
+    order = _orders(rng)
+    stock = stock_tables(HEAD_DIM, HEAD_DIM, row_order)
+    folded = folded_tables(stock, order)
+    q, k = rng.standard_normal((2, N_KV_HEADS, HEAD_DIM))
+    angles = rng.uniform(0, 6, (2, HEAD_DIM // 2))
+
+    def rotate(x, partner, sign, frequency, angle):
+        return x * np.cos(angle)[frequency] + sign * np.take_along_axis(x, partner, -1) * np.sin(angle)[frequency]
+
+    def scores(q, k, tables):
+        shape = (N_KV_HEADS, HEAD_DIM)
+        parts = [np.broadcast_to(t, shape).astype(np.intp) for t in (tables.partner, tables.sign, tables.frequency)]
+        return (rotate(q, *parts, angles[0]) * rotate(k, *parts, angles[1])).sum(axis=-1)
+
+    sorted_q, sorted_k = (np.take_along_axis(x, order, axis=-1) for x in (q, k))
+    assert scores(sorted_q, sorted_k, folded) == pytest.approx(scores(q, k, stock), rel=1e-12)
+
+
+def test_plan_file_round_trip(qwen, tmp_path: Path):
+    """Catches a field that is written but not read, or the other way round."""
+    plan = make_plan(qwen, "effective-norm")
+    write_plan(tmp_path / "p.gguf", plan)
+    again = read_plan(tmp_path / "p.gguf")
+    assert np.array_equal(again.order, plan.order)
+    assert replace(again, order=None).__dict__ == replace(plan, order=None).__dict__
+    check_plan(again, qwen)
+
+
+def test_plan_for_other_weights_names_both_hashes(qwen, tmp_path: Path, rng):
+    """Catches a plan that silently scrambles a model it was not made for: one changed value is enough to tell."""
+    weights = random_weights(np.random.default_rng(20240331), biases=True)
+    weights["model.layers.1.self_attn.k_proj.bias"][3] += 1e-3
+    other = open_hf(write_checkpoint(tmp_path / "other", QWEN2, weights), "f32")
+    plan = make_plan(other)
+    with pytest.raises(KsortError) as error:
+        check_plan(plan, qwen, "p.gguf")
+    assert plan.weights_hash in str(error.value) and make_plan(qwen).weights_hash in str(error.value)
+
+
+def test_plan_for_other_architecture_or_shape_is_refused(qwen, tmp_path: Path, rng):
+    """Catches numpy errors, or nonsense, from a plan of another model family or size."""
+    llama = open_hf(write_checkpoint(tmp_path / "llama", LLAMA, random_weights(rng)), "f32")
+    with pytest.raises(KsortError, match=r"'qwen2'.*'llama'"):
+        check_plan(make_plan(qwen), llama)
+    plan = make_plan(qwen)
+    with pytest.raises(KsortError, match=r"do not fit"):
+        check_plan(replace(plan, order=plan.order[:1]), qwen)
+
+
+def test_damaged_order_is_refused(qwen, tmp_path: Path):
+    """Catches an order that doubles one channel and loses another."""
+    plan = make_plan(qwen)
+    plan.order[1, 0, 0] = plan.order[1, 0, 1]
+    write_plan(tmp_path / "p.gguf", plan)
+    with pytest.raises(KsortError, match=r"ksort\.blk\.1\.order is not a permutation"):
+        read_plan(tmp_path / "p.gguf")
+
+
+def test_nan_in_projection_is_named(tmp_path: Path, rng):
+    """Catches NaN weights, whose norms would sort anywhere."""
+    weights = random_weights(rng)
+    weights["model.layers.1.self_attn.k_proj.weight"][2, 3] = np.nan
+    source = open_hf(write_checkpoint(tmp_path / "m", LLAMA, weights), "f32")
+    with pytest.raises(KsortError, match=r"layers\.1\.self_attn\.k_proj\.weight holds NaN"):
+        make_plan(source)
