@@ -1,0 +1,176 @@
+"""What libksort computes, in slow NumPy: the oracle of its tests. FORMAT.md in code; needs only numpy.
+
+Shapes: a head has d channels, a cache T tokens. Stored bytes are uint8 arrays.
+"""
+
+import numpy as np
+
+TILE_TOKENS = 64
+STRIP_TOKENS = 16
+EXPONENT_BIAS = 127
+MANTISSA_BITS = {"bfp16": 8, "bfp14": 6, "bfp12": 4}
+FLOAT_BYTES = {"f32": 4, "f16": 2, "bf16": 2}
+GROUP_CHANNELS = {8: 4, 6: 16, 4: 8}  # channels whose mantissas fill whole 4-byte words together
+
+
+# --- Blocks ---
+
+
+def encode_blocks(x: np.ndarray, mantissa_bits: int, block_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """The nearest encoder: finite float32 x [..., d] -> mantissas int8 [..., d], exponents uint8 [..., blocks].
+
+    Raises ValueError on NaN or infinity.
+    """
+    if not np.isfinite(x).all():
+        raise ValueError("NaN or infinity cannot be stored")
+    largest_mantissa = 2 ** (mantissa_bits - 1) - 1
+    mantissas, exponents = [], []
+    for start in range(0, x.shape[-1], block_size):
+        block = x[..., start : start + block_size].astype(np.float64)
+        largest = np.abs(block).max(axis=-1, keepdims=True)
+        stored = largest >= 2.0**-126  # below: subnormal or zero, the whole block becomes zero
+        exponent = np.frexp(largest)[1] - 1  # floor(log2(largest)): frexp's fraction lies in [1/2, 1)
+        quotient = np.ldexp(block, -(exponent - (mantissa_bits - 2)))  # x / step, exact in float64
+        rounded = np.clip(np.rint(quotient), -largest_mantissa, largest_mantissa)  # rint rounds half to even
+        mantissas.append(np.where(stored, rounded, 0).astype(np.int8))
+        exponents.append(np.where(stored, exponent + EXPONENT_BIAS, 0).astype(np.uint8))
+    return np.concatenate(mantissas, axis=-1), np.concatenate(exponents, axis=-1)
+
+
+def decode_blocks(mantissas: np.ndarray, exponents: np.ndarray, mantissa_bits: int, block_size: int) -> np.ndarray:
+    """Mantissas int8 [..., d] and exponents uint8 [..., blocks], of any byte values -> float32 [..., d]."""
+    stored = np.repeat(exponents.astype(np.int32), block_size, axis=-1)[..., : mantissas.shape[-1]]
+    values = np.ldexp(mantissas.astype(np.float64), stored - EXPONENT_BIAS - (mantissa_bits - 2))
+    with np.errstate(over="ignore"):  # the largest exponents reach beyond float32: infinity
+        return np.where(stored == 0, 0.0, values).astype(np.float32)
+
+
+def round_blocks(x: np.ndarray, type_name: str, block_size: int) -> np.ndarray:
+    """x [..., d] as a cache or query of type `type_name` holds it: float32 [..., d]."""
+    if type_name in MANTISSA_BITS:
+        bits = MANTISSA_BITS[type_name]
+        return decode_blocks(*encode_blocks(x, bits, block_size), bits, block_size)
+    return bytes_to_float(float_to_bytes(x, type_name), type_name)
+
+
+# --- Float types ---
+
+
+def float_to_bytes(x: np.ndarray, type_name: str) -> np.ndarray:
+    """float32 [..., d] -> uint8 [..., d * bytes], rounded to nearest, ties to even. Raises ValueError out of range."""
+    if type_name == "bf16":
+        bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+        rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16  # half of the dropped 16 bits' weight, less one when even
+        stored = rounded.astype("<u2")
+        overflow = (stored & 0x7F80) == 0x7F80
+    else:
+        with np.errstate(over="ignore"):
+            stored = np.ascontiguousarray(x, {"f32": "<f4", "f16": "<f2"}[type_name])
+        overflow = np.isinf(stored)
+    if overflow.any():
+        raise ValueError(f"a value is too large for {type_name}")
+    return stored.view(np.uint8)
+
+
+def bytes_to_float(stored: np.ndarray, type_name: str) -> np.ndarray:
+    """uint8 [..., d * bytes] -> float32 [..., d], exact."""
+    stored = np.ascontiguousarray(stored)
+    if type_name == "bf16":
+        return (stored.view("<u2").astype(np.uint32) << 16).view(np.float32)
+    return stored.view({"f32": "<f4", "f16": "<f2"}[type_name]).astype(np.float32)
+
+
+# --- Words: the mantissas of one token in 4-byte words ---
+
+
+def pack_words(mantissas: np.ndarray, mantissa_bits: int) -> np.ndarray:
+    """int8 [..., d] -> uint8 [..., W, 4], little-endian words; the last group is padded with mantissas 0."""
+    group = GROUP_CHANNELS[mantissa_bits]
+    padding = [(0, 0)] * (mantissas.ndim - 1) + [(0, -mantissas.shape[-1] % group)]
+    fields = np.pad(mantissas, padding).view(np.uint8) & (2**mantissa_bits - 1)
+    groups = fields.reshape(*fields.shape[:-1], -1, group)
+    if mantissa_bits == 8:
+        return groups
+    nibbles = groups.reshape(*groups.shape[:-1], -1, 2, 4) & 15  # [..., words, low or high half, byte]
+    words = nibbles[..., 0, :] | nibbles[..., 1, :] << 4
+    if mantissa_bits == 6:
+        pairs = (groups >> 4).reshape(*groups.shape[:-1], 4, 4)  # [..., i, b]: high two bits of channel 4 i + b
+        high = sum(pairs[..., i, :] << 2 * i for i in range(4))
+        words = np.concatenate([words, high[..., None, :]], axis=-2)
+    return words.reshape(*mantissas.shape[:-1], -1, 4)
+
+
+def unpack_words(words: np.ndarray, mantissa_bits: int, head_dim: int) -> np.ndarray:
+    """uint8 [..., W, 4] -> int8 [..., head_dim]: the inverse of pack_words."""
+    leading = words.shape[:-2]
+    if mantissa_bits == 8:
+        fields = words.reshape(*leading, -1)
+    else:
+        groups = words.reshape(*leading, -1, 3 if mantissa_bits == 6 else 1, 4)
+        low = groups[..., :2, :] if mantissa_bits == 6 else groups
+        fields = np.stack([low & 15, low >> 4], axis=-2)  # [..., word, low or high half, byte]
+        if mantissa_bits == 6:
+            high = np.stack([groups[..., 2, :] >> 2 * i & 3 for i in range(4)], axis=-2)
+            fields = fields.reshape(high.shape) | high << 4
+        fields = fields.reshape(*leading, -1)
+    sign_bit = 1 << (mantissa_bits - 1)
+    return ((fields.astype(np.int16) ^ sign_bit) - sign_bit)[..., :head_dim].astype(np.int8)
+
+
+# --- Tiles: 64 tokens of one head ---
+
+
+def pack_tile(x: np.ndarray, type_name: str, block_size: int) -> np.ndarray:
+    """float32 x [64, d] -> the tile's bytes, uint8 [tile bytes]."""
+    if type_name in FLOAT_BYTES:
+        return float_to_bytes(x, type_name).ravel()
+    bits = MANTISSA_BITS[type_name]
+    mantissas, exponents = encode_blocks(x, bits, block_size)
+    words = pack_words(mantissas, bits)  # [64 tokens, W, 4]
+    strips = words.reshape(TILE_TOKENS // STRIP_TOKENS, STRIP_TOKENS, -1, 4).swapaxes(1, 2)  # [strip, W, 16 tokens, 4]
+    return np.concatenate([strips.ravel(), exponents.T.ravel()])
+
+
+def unpack_tile(tile: np.ndarray, type_name: str, head_dim: int, block_size: int) -> np.ndarray:
+    """A tile's bytes, any pattern -> float32 [64, head_dim]."""
+    if type_name in FLOAT_BYTES:
+        return bytes_to_float(tile.reshape(TILE_TOKENS, -1), type_name)
+    bits = MANTISSA_BITS[type_name]
+    n_blocks = -(-head_dim // block_size)
+    strips, exponents = np.split(tile, [tile.size - n_blocks * TILE_TOKENS])
+    words = strips.reshape(TILE_TOKENS // STRIP_TOKENS, -1, STRIP_TOKENS, 4).swapaxes(1, 2).reshape(TILE_TOKENS, -1, 4)
+    mantissas = unpack_words(words, bits, head_dim)
+    return decode_blocks(mantissas, exponents.reshape(n_blocks, TILE_TOKENS).T, bits, block_size)
+
+
+# --- Attention ---
+
+
+def rope(x: np.ndarray, partner, sign, frequency, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
+    """Rotary embedding in folded order, each product and the sum rounded to float32 as the library does.
+
+    x float32 [T, heads, d]; tables [heads, d] (families/rope.py); cos, sin float32 [T, n_frequencies].
+    """
+    head = np.arange(x.shape[1])[:, None]
+    turned = x * cos[:, frequency] + sign.astype(np.float32) * x[:, head, partner.astype(np.intp)] * sin[:, frequency]
+    return np.where(sign == 0, x, turned).astype(np.float32)
+
+
+def attend(k, v, q, first_slot: int, scale: float, window: int = 0) -> np.ndarray:
+    """softmax(scale q k^T) v in float64: causal, `window` slots back (0: all). Returns float64 [n_queries, n_heads, d].
+
+    k, v [T, n_kv_heads, d] and q [n_queries, n_heads, d] are values as decoded, q after RoPE and rounding. Query i
+    stands in slot first_slot + i and head g reads KV head g // (n_heads / n_kv_heads).
+    """
+    k, v, q = (np.asarray(t, np.float64) for t in (k, v, q))
+    n_queries, n_heads, _ = q.shape
+    group = n_heads // k.shape[1]
+    out = np.empty_like(q)
+    for i in range(n_queries):
+        end = first_slot + i + 1
+        seen = slice(max(0, end - window) if window else 0, end)
+        for g in range(n_heads):
+            scores = scale * (k[seen, g // group] @ q[i, g])
+            weights = np.exp(scores - scores.max())
+            out[i, g] = weights / weights.sum() @ v[seen, g // group]
+    return out

@@ -1,0 +1,193 @@
+/* libksort: packed key/value caches and attention straight from packed blocks, on the CPU.
+ *
+ * The bytes of a tile are specified in ksort_gguf/FORMAT.md. Conventions of every call here:
+ *   - The caller owns all memory. No call keeps a pointer after it returns (ksort_pool_create's result aside).
+ *   - Calls that take (ith, nth) do part ith of nth of the work, 0 <= ith < nth; every part must run, in any order and
+ *     on any threads, before the result is complete. Parts write disjoint bytes. They neither allocate, lock nor start
+ *     threads. Different parts of one call, and calls on disjoint memory, may run at the same time.
+ *   - Structs begin with struct_size, set by the caller to sizeof(the struct): a later library knows which fields a
+ *     caller was built with.
+ *   - A status other than KSORT_OK means that this part wrote nothing to the cache or the output; the one exception is
+ *     said at ksort_attend.
+ *   - "slot" is a token's place in the cache, counted from 0; "channel" is a place within a head, in folded order.
+ */
+#ifndef KSORT_H
+#define KSORT_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define KSORT_ABI_VERSION 1
+#define KSORT_TILE_TOKENS 64 /* tokens of one head stored together */
+#define KSORT_ALIGNMENT 64   /* bytes; of cache memory, tile and head strides, and workspace */
+#define KSORT_MAX_HEAD_DIM 256
+
+typedef enum ksort_status {
+    KSORT_OK = 0,
+    KSORT_ERR_ARGUMENT = 1,    /* null pointer, zero count, overflowing size, strides that make tiles overlap, slots
+                                  past n_slots, a scale that is not finite, or ith >= nth */
+    KSORT_ERR_STRUCT_SIZE = 2, /* struct_size is not one that this library knows */
+    KSORT_ERR_TYPE = 3,        /* unknown ksort_type, or one not allowed in that place */
+    KSORT_ERR_HEAD_DIM = 4,    /* odd, zero, above KSORT_MAX_HEAD_DIM, or not the same for k and v */
+    KSORT_ERR_BLOCK_SIZE = 5,  /* not 16, 32, 64 or 128, or larger than head_dim */
+    KSORT_ERR_HEADS = 6,       /* n_heads is not a multiple of n_kv_heads, or k and v differ in n_kv_heads */
+    KSORT_ERR_ALIGNMENT = 7,   /* cache, stride or workspace is not a multiple of KSORT_ALIGNMENT */
+    KSORT_ERR_ROPE = 8,        /* a table entry is out of range, cos or sin is not finite, or partners do not pair up */
+    KSORT_ERR_NON_FINITE = 9,  /* NaN or infinity in a key, value or query, or in the scores or sums they make */
+    KSORT_ERR_RANGE = 10,      /* a finite key or value, after RoPE, is too large for the cache type (f16: beyond 65504,
+                                  bf16: beyond 0x7F7F as bits, others: beyond float32) */
+    KSORT_ERR_WORKSPACE = 11,  /* workspace is smaller than ksort_attend_workspace_bytes asks for */
+    KSORT_ERR_KERNELS = 12,    /* unknown kernel level, or one that this CPU does not support */
+    KSORT_ERR_THREADS = 13     /* the system refused memory or threads for the pool */
+} ksort_status;
+
+typedef enum ksort_type {
+    KSORT_F32 = 0,
+    KSORT_F16 = 1,
+    KSORT_BF16 = 2,
+    KSORT_BFP16 = 3, /* 8-bit mantissas */
+    KSORT_BFP14 = 4, /* 6-bit mantissas */
+    KSORT_BFP12 = 5  /* 4-bit mantissas */
+} ksort_type;
+
+/* How the heads of one cache are stored. */
+typedef struct ksort_format {
+    size_t struct_size;
+    uint32_t type;       /* ksort_type */
+    uint32_t head_dim;   /* channels a head: even, 2 to KSORT_MAX_HEAD_DIM */
+    uint32_t block_size; /* channels that share an exponent: 16, 32, 64, 128, at most head_dim; ignored by float types.
+                            Where it does not divide head_dim the last block is shorter. */
+} ksort_format;
+
+/* Rotary position embedding in folded order. For channel c of a head x:
+ *   sign[c] = 0:  y[c] = x[c]
+ *   otherwise:    y[c] = x[c] * cos[t][frequency[c]] + sign[c] * x[partner[c]] * sin[t][frequency[c]]
+ * partner is an involution without fixed points on the rotated channels; of each pair, one sign is -1 and the other
+ * +1. cos and sin are finite. */
+typedef struct ksort_rope {
+    size_t struct_size;
+    uint32_t n_frequencies;    /* columns of cos and sin, at least 1 */
+    const uint16_t *partner;   /* [n_kv_heads, head_dim], each < head_dim */
+    const int8_t *sign;        /* [n_kv_heads, head_dim], each -1, 0 or +1 */
+    const uint16_t *frequency; /* [n_kv_heads, head_dim], each < n_frequencies where sign is not 0 */
+    const float *cos;          /* [n_tokens, n_frequencies]: one row for each token of the call, contiguous */
+    const float *sin;          /* as cos */
+} ksort_rope;
+
+/* One cache of one layer: tile t of KV head h starts at base + t * tile_stride + h * head_stride. */
+typedef struct ksort_cache {
+    size_t struct_size;
+    ksort_format format;
+    void *base;         /* KSORT_ALIGNMENT-aligned; packing writes, attending and unpacking only read */
+    size_t tile_stride; /* bytes, a multiple of KSORT_ALIGNMENT */
+    size_t head_stride; /* bytes, a multiple of KSORT_ALIGNMENT */
+    size_t n_slots;     /* capacity in tokens: slots 0 .. n_slots-1 are backed by memory (whole tiles) */
+    uint32_t n_kv_heads;
+} ksort_cache;
+
+/* The ABI version of the loaded library: equals KSORT_ABI_VERSION of the header it was built with. Thread-safe. */
+uint32_t ksort_abi_version(void);
+
+/* A short English text for a status; for an unknown one "unknown status". Static storage. Thread-safe. */
+const char *ksort_status_text(ksort_status status);
+
+/* The kernel level in use, each faster than the one before: "scalar", "avx2", "avx512bw" (AVX-512 F, BW, VL and DQ),
+ * "avx512" (and VNNI); or "neon". Static storage.
+ * On first use the best level that the CPU supports is chosen, or the one that the environment variable KSORT_KERNELS
+ * names; if that is unknown or unsupported, every call that needs kernels returns KSORT_ERR_KERNELS and this returns
+ * "unsupported". Thread-safe. */
+const char *ksort_kernels(void);
+
+/* Chooses a level by name, or the automatic choice for NULL. For tests and benchmarks.
+ * Not safe while another thread is inside the library.
+ * Returns KSORT_OK or KSORT_ERR_KERNELS (the level in use stays as it was). */
+ksort_status ksort_select_kernels(const char *level);
+
+/* Bytes of one tile (KSORT_TILE_TOKENS tokens of one head) into *bytes. Thread-safe.
+ * Returns KSORT_OK, _ARGUMENT, _STRUCT_SIZE, _TYPE, _HEAD_DIM, _BLOCK_SIZE. */
+ksort_status ksort_tile_bytes(const ksort_format *format, size_t *bytes);
+
+/* Pack: rotate (RoPE), round (nearest) and store n_tokens tokens of all KV heads into slots first_slot onwards. */
+typedef struct ksort_pack_args {
+    size_t struct_size;
+    const ksort_cache *cache;
+    const ksort_rope *rope; /* NULL: no RoPE (values) */
+    const float *x;         /* [n_tokens, n_kv_heads, head_dim]; heads contiguous */
+    size_t x_token_stride;  /* floats between tokens, at least n_kv_heads * head_dim */
+    size_t first_slot;
+    uint32_t n_tokens;
+} ksort_pack_args;
+
+/* Every part checks all of x first, so with a bad value no part writes anything. Other slots keep their bytes.
+ * Returns KSORT_OK, _ARGUMENT, _STRUCT_SIZE, _TYPE, _HEAD_DIM, _BLOCK_SIZE, _ALIGNMENT, _ROPE, _NON_FINITE, _RANGE,
+ * _KERNELS. */
+ksort_status ksort_pack(const ksort_pack_args *args, uint32_t ith, uint32_t nth);
+
+/* Unpack slots first_slot .. first_slot+n_tokens-1 to out [n_tokens, n_kv_heads, head_dim], contiguous float32,
+ * exactly (a BFP block of exponent 255, which no encoder makes, may reach beyond float32: infinity, and attend says
+ * _NON_FINITE).
+ * For tests and tools: attention never needs it.
+ * Returns KSORT_OK, _ARGUMENT, _STRUCT_SIZE, _TYPE, _HEAD_DIM, _BLOCK_SIZE, _ALIGNMENT. */
+ksort_status ksort_unpack(const ksort_cache *cache, size_t first_slot, uint32_t n_tokens, float *out);
+
+/* Attend: softmax(scale * q k^T) v for n_queries tokens, the first of which is in slot first_slot.
+ * Query i sees slots max(0, first_slot+i+1-window) .. first_slot+i (window 0: from slot 0): causal, so its own key and
+ * value must be packed before. Query head g reads KV head g / (n_heads / n_kv_heads) and is rotated with its tables. */
+typedef struct ksort_attend_args {
+    size_t struct_size;
+    const ksort_cache *k;
+    const ksort_cache *v;   /* same head_dim and n_kv_heads as k; type f32, f16 or bf16 */
+    const ksort_rope *rope; /* for the queries; cos and sin rows are the query tokens'. NULL: no RoPE */
+    const float *q;         /* [n_queries, n_heads, head_dim]; heads contiguous, before RoPE */
+    size_t q_token_stride;  /* floats between tokens, at least n_heads * head_dim */
+    float *out;             /* [n_queries, n_heads, head_dim]; heads contiguous */
+    size_t out_token_stride;/* floats between tokens, at least n_heads * head_dim */
+    size_t first_slot;
+    uint32_t n_queries;
+    uint32_t n_heads;
+    uint32_t window;        /* 0: none */
+    uint32_t query_type;    /* KSORT_F32, or KSORT_BFP16: queries are rounded to BFP16 with k's block size and the dot
+                               products are of integer mantissas (BFP keys only; with float keys it means the same
+                               rounding, then float products) */
+    float scale;            /* usually 1/sqrt(head_dim) */
+    void *workspace;        /* KSORT_ALIGNMENT-aligned; contents are private between the parts of attend and merge */
+    size_t workspace_bytes;
+} ksort_attend_args;
+
+/* Workspace that ksort_attend and ksort_attend_merge need for these arguments (its pointers, workspace and
+ * workspace_bytes aside) and nth parts, into *bytes. Grows with n_queries at most up to a fixed bound a part.
+ * Returns as ksort_attend, without _NON_FINITE and _WORKSPACE. */
+ksort_status ksort_attend_workspace_bytes(const ksort_attend_args *args, uint32_t nth, size_t *bytes);
+
+/* All parts of ksort_attend, then all parts of ksort_attend_merge (with the same args and nth) give out. Long caches
+ * are split over tokens as well as heads, so that one KV head still uses every part; merge joins the splits.
+ * Every part checks all of q first. Finite inputs so large that a score or a sum of values overflows float32 are found
+ * on the way: then the status (of attend or merge) is KSORT_ERR_NON_FINITE and the contents of out are undefined.
+ * Returns KSORT_OK, _ARGUMENT, _STRUCT_SIZE, _TYPE, _HEAD_DIM, _BLOCK_SIZE, _HEADS, _ALIGNMENT, _ROPE, _NON_FINITE,
+ * _WORKSPACE, _KERNELS. */
+ksort_status ksort_attend(const ksort_attend_args *args, uint32_t ith, uint32_t nth);
+ksort_status ksort_attend_merge(const ksort_attend_args *args, uint32_t ith, uint32_t nth);
+
+/* Optional threads for callers without their own. A pool may be used by one thread at a time. */
+typedef struct ksort_pool ksort_pool;
+
+/* Starts n_threads - 1 threads (the caller is the last one). Returns KSORT_OK, _ARGUMENT, _THREADS. */
+ksort_status ksort_pool_create(uint32_t n_threads, ksort_pool **pool);
+
+/* Ends the threads and frees the pool. NULL is allowed. */
+void ksort_pool_destroy(ksort_pool *pool);
+
+/* One layer's step: packs k and v, then attends, each over all threads. Any of the three may be NULL.
+ * Both packs are checked before either writes. Returns KSORT_OK or the first status that is not. */
+ksort_status ksort_pool_step(ksort_pool *pool, const ksort_pack_args *k, const ksort_pack_args *v,
+                             const ksort_attend_args *attend);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* KSORT_H */

@@ -1,0 +1,103 @@
+/* ksort_attend and its two companions: argument checks around attend_part.c. */
+#include "attend.h"
+#include "check.h"
+
+static ksort_status check_caches(const ksort_attend_args *args, bool with_memory, struct attend_job *job)
+{
+    ksort_status status = ksort_check_cache(args->k, with_memory, &job->k);
+    if (status == KSORT_OK)
+        status = ksort_check_cache(args->v, with_memory, &job->v);
+    if (status != KSORT_OK)
+        return status;
+    if (is_bfp(job->v.type) || (args->query_type != KSORT_F32 && args->query_type != KSORT_BFP16))
+        return KSORT_ERR_TYPE;
+    if (job->k.head_dim != job->v.head_dim)
+        return KSORT_ERR_HEAD_DIM;
+    if (args->n_heads == 0)
+        return KSORT_ERR_ARGUMENT;
+    if (args->k->n_kv_heads != args->v->n_kv_heads || args->n_heads % args->k->n_kv_heads)
+        return KSORT_ERR_HEADS;
+    if (args->query_type == KSORT_BFP16)
+        status = ksort_check_block_size(job->k.block_size, job->k.head_dim);
+    if (status == KSORT_OK)
+        status = ksort_check_slots(args->k, args->first_slot, args->n_queries);
+    if (status == KSORT_OK)
+        status = ksort_check_slots(args->v, args->first_slot, args->n_queries);
+    return status;
+}
+
+static ksort_status check_memory(const ksort_attend_args *args, uint32_t nth, const struct attend_job *job)
+{
+    if (!args->q || !args->out || !args->workspace)
+        return KSORT_ERR_ARGUMENT;
+    if (!is_aligned(args->workspace))
+        return KSORT_ERR_ALIGNMENT;
+    if (args->workspace_bytes / sizeof(struct attend_scratch) < nth)
+        return KSORT_ERR_WORKSPACE;
+    double growth;
+    if (!args->rope)
+        return KSORT_OK;
+    return ksort_check_rope(args->rope, args->k->n_kv_heads, job->k.head_dim, args->n_queries, &growth);
+}
+
+ksort_status ksort_attend_prepare(const ksort_attend_args *args, uint32_t nth, bool with_memory,
+                                  struct attend_job *job)
+{
+    if (!args || nth == 0)
+        return KSORT_ERR_ARGUMENT;
+    if (args->struct_size != sizeof *args)
+        return KSORT_ERR_STRUCT_SIZE;
+    *job = (struct attend_job){.args = args, .kernels = ksort_kernel_table()};
+    if (!job->kernels)
+        return KSORT_ERR_KERNELS;
+    ksort_status status = check_caches(args, with_memory, job);
+    if (status != KSORT_OK)
+        return status;
+    size_t token_values = (size_t)args->n_heads * job->k.head_dim;
+    if (ksort_check_rows(args->n_queries, args->q_token_stride, token_values) != KSORT_OK ||
+        ksort_check_rows(args->n_queries, args->out_token_stride, token_values) != KSORT_OK || !isfinite(args->scale))
+        return KSORT_ERR_ARGUMENT;
+    job->group = args->n_heads / args->k->n_kv_heads;
+    job->stride = (job->v.head_dim + 15) / 16 * 16; /* rows of accumulators start on a cache line */
+    ksort_count_work(job);
+    return with_memory ? check_memory(args, nth, job) : KSORT_OK;
+}
+
+ksort_status ksort_attend_check(const struct attend_job *job, uint32_t ith, uint32_t nth)
+{
+    const ksort_attend_args *args = job->args;
+    struct range tokens = share_of(args->n_queries, ith, nth);
+    size_t token_values = (size_t)args->n_heads * job->k.head_dim;
+    for (size_t token = tokens.begin; token < tokens.end; token++)
+        if (job->kernels->max_magnitude(args->q + token * args->q_token_stride, token_values) >= FLOAT_MAGNITUDE_INF)
+            return KSORT_ERR_NON_FINITE;
+    return KSORT_OK;
+}
+
+ksort_status ksort_attend_workspace_bytes(const ksort_attend_args *args, uint32_t nth, size_t *bytes)
+{
+    struct attend_job job;
+    size_t n_parts = nth;
+    ksort_status status = bytes ? ksort_attend_prepare(args, nth, false, &job) : KSORT_ERR_ARGUMENT;
+    if (status == KSORT_OK && n_parts > SIZE_MAX / sizeof(struct attend_scratch))
+        status = KSORT_ERR_ARGUMENT;
+    if (status == KSORT_OK)
+        *bytes = n_parts * sizeof(struct attend_scratch);
+    return status;
+}
+
+ksort_status ksort_attend(const ksort_attend_args *args, uint32_t ith, uint32_t nth)
+{
+    struct attend_job job;
+    ksort_status status = ith < nth ? ksort_attend_prepare(args, nth, true, &job) : KSORT_ERR_ARGUMENT;
+    if (status == KSORT_OK)
+        status = ksort_attend_check(&job, 0, 1);
+    return status == KSORT_OK ? ksort_attend_run(&job, ith, nth) : status;
+}
+
+ksort_status ksort_attend_merge(const ksort_attend_args *args, uint32_t ith, uint32_t nth)
+{
+    struct attend_job job;
+    ksort_status status = ith < nth ? ksort_attend_prepare(args, nth, true, &job) : KSORT_ERR_ARGUMENT;
+    return status == KSORT_OK ? ksort_attend_join(&job, ith, nth) : status;
+}

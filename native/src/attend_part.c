@@ -1,0 +1,146 @@
+/* One part's share of attention, and the joining of cut units. A tile of a unit goes through four steps:
+ *
+ *     K tile  --scores-->  [rows][64]  --softmax-->  weights [rows][64], rescale [rows]  --accumulate V tile-->
+ *     accumulators [rows][head_dim]
+ *
+ * Bytes moved a unit: its K and V tiles once for up to MAX_ROWS rows. Scores (8 KB) and accumulators (16 KB at head_dim
+ * 128) of the part stay in L1 and L2.
+ */
+#include "attend.h"
+
+/* Tokens of a tile that the unit's slots cover. */
+static struct tile_span span_of(const ksort_cache *cache, const struct head_layout *layout, const struct unit *unit,
+                                size_t tile)
+{
+    size_t first = tile * KSORT_TILE_TOKENS, end = first + KSORT_TILE_TOKENS;
+    return (struct tile_span){
+        .layout = layout,
+        .tile = tile_of(cache, tile, unit->kv_head),
+        .next = tile_of(cache, end < unit->slots.end ? tile + 1 : tile, unit->kv_head),
+        .begin = (uint32_t)(max_size(unit->slots.begin, first) - first),
+        .end = (uint32_t)(min_size(unit->slots.end, end) - first),
+    };
+}
+
+static score_function *scores_for(const struct attend_job *job)
+{
+    if (!is_bfp(job->k.type))
+        return job->kernels->scores_float;
+    return job->args->query_type == KSORT_F32 ? job->kernels->scores_bfp_by_f32 : job->kernels->scores_bfp_by_bfp;
+}
+
+/* The part of `slots` inside a tile, counted from the tile's first slot; empty ranges have begin >= end. */
+static struct range within_tile(struct range slots, size_t tile)
+{
+    size_t first = tile * KSORT_TILE_TOKENS;
+    return (struct range){max_size(slots.begin, first) - first,
+                          min_size(max_size(slots.end, first), first + KSORT_TILE_TOKENS) - first};
+}
+
+/* Keys of the next tile: asked for while this one is worked on. Values are asked for row by row in accumulate. */
+static void prefetch_next(const struct tile_span *keys)
+{
+    for (size_t i = 0; i < keys->layout->tile_bytes; i += CACHE_LINE)
+        PREFETCH_NEXT(keys->next + i);
+}
+
+static void attend_tile(const struct attend_job *job, const struct unit *unit, size_t tile,
+                        struct attend_scratch *scratch, struct partial *partial)
+{
+    struct tile_span keys = span_of(job->args->k, &job->k, unit, tile);
+    struct tile_span values = span_of(job->args->v, &job->v, unit, tile);
+    prefetch_next(&keys);
+    scores_for(job)(&keys, &scratch->queries, scratch->scores);
+    for (uint32_t row = 0; row < unit->n_rows; row++) {
+        struct range seen = within_tile(row_slots(job, unit->first_row + row), tile);
+        scratch->rescale[row] = job->kernels->softmax_tile(scratch->scores[row], (uint32_t)seen.begin,
+                                                           (uint32_t)seen.end, &partial->states[row]);
+    }
+    job->kernels->accumulate(&values, unit->n_rows, (const float(*)[KSORT_TILE_TOKENS])scratch->scores,
+                             scratch->rescale, partial->accumulators, job->stride);
+}
+
+/* Runs the unit's tiles at places line.begin .. line.end-1 of the line. */
+static ksort_status attend_tiles(const struct attend_job *job, const struct unit *unit, struct range line,
+                                 struct attend_scratch *scratch, struct partial *partial)
+{
+    ksort_status status = ksort_prepare_queries(job, unit, &scratch->queries);
+    if (status != KSORT_OK)
+        return status;
+    for (uint32_t row = 0; row < unit->n_rows; row++)
+        partial->states[row] = softmax_init();
+    memset(partial->accumulators, 0, unit->n_rows * job->stride * sizeof(float));
+    size_t first_tile = unit->slots.begin / KSORT_TILE_TOKENS;
+    for (size_t at = line.begin; at < line.end; at++)
+        attend_tile(job, unit, first_tile + (at - unit->line.begin), scratch, partial);
+    return KSORT_OK;
+}
+
+/* Writes the finished rows of a unit to out. Returns KSORT_OK, or _NON_FINITE if a score or a sum overflowed. */
+static ksort_status write_unit(const struct attend_job *job, const struct unit *unit, const struct partial *partial)
+{
+    const ksort_attend_args *args = job->args;
+    uint32_t head_dim = job->v.head_dim;
+    for (uint32_t row = 0; row < unit->n_rows; row++) {
+        size_t token = (unit->first_row + row) / job->group, member = (unit->first_row + row) % job->group;
+        float *out = args->out + token * args->out_token_stride + (unit->kv_head * job->group + member) * head_dim;
+        const float *accumulator = partial->accumulators + row * job->stride;
+        float factor;
+        if (!softmax_finish(partial->states[row], &factor))
+            return KSORT_ERR_NON_FINITE;
+        for (uint32_t c = 0; c < head_dim; c++)
+            out[c] = accumulator[c] * factor;
+        if (job->kernels->max_magnitude(out, head_dim) >= FLOAT_MAGNITUDE_INF)
+            return KSORT_ERR_NON_FINITE;
+    }
+    return KSORT_OK;
+}
+
+ksort_status ksort_attend_run(const struct attend_job *job, uint32_t ith, uint32_t nth)
+{
+    struct attend_scratch *scratch = scratch_of(job, ith);
+    struct range share = share_of(job->n_tiles, ith, nth);
+    ksort_status status = KSORT_OK;
+    for (size_t at = share.begin; at < share.end && status == KSORT_OK;) {
+        struct unit unit;
+        ksort_unit_at(job, at, &unit);
+        struct range line = {at, min_size(unit.line.end, share.end)};
+        bool begun_here = unit.line.begin == at, ends_here = unit.line.end == line.end;
+        struct partial *partial = &scratch->partials[begun_here ? PARTIAL_TAIL : PARTIAL_HEAD];
+        status = attend_tiles(job, &unit, line, scratch, partial);
+        if (status == KSORT_OK && begun_here && ends_here)
+            status = write_unit(job, &unit, partial);
+        at = line.end;
+    }
+    return status;
+}
+
+static void join_partials(const struct attend_job *job, uint32_t n_rows, const struct partial *other,
+                          struct partial *partial)
+{
+    for (uint32_t row = 0; row < n_rows; row++) {
+        float own_factor, other_factor;
+        softmax_merge(&partial->states[row], other->states[row], &own_factor, &other_factor);
+        float *own = partial->accumulators + row * job->stride;
+        const float *added = other->accumulators + row * job->stride;
+        for (uint32_t c = 0; c < job->v.head_dim; c++)
+            own[c] = own[c] * own_factor + added[c] * other_factor;
+    }
+}
+
+ksort_status ksort_attend_join(const struct attend_job *job, uint32_t ith, uint32_t nth)
+{
+    struct range share = share_of(job->n_tiles, ith, nth);
+    if (share.begin == share.end)
+        return KSORT_OK;
+    struct unit unit;
+    ksort_unit_at(job, share.end - 1, &unit);
+    if (unit.line.begin < share.begin || unit.line.end == share.end)
+        return KSORT_OK; /* begun by an earlier part, or whole */
+    struct partial *partial = &scratch_of(job, ith)->partials[PARTIAL_TAIL];
+    for (uint32_t part = ith + 1; share.end < unit.line.end; part++) {
+        share = share_of(job->n_tiles, part, nth);
+        join_partials(job, unit.n_rows, &scratch_of(job, part)->partials[PARTIAL_HEAD], partial);
+    }
+    return write_unit(job, &unit, partial);
+}

@@ -1,0 +1,111 @@
+/* The line of units, and the query rows of one unit. */
+#include "attend.h"
+
+static size_t tiles_of(struct range slots)
+{
+    return (slots.end - 1) / KSORT_TILE_TOKENS - slots.begin / KSORT_TILE_TOKENS + 1;
+}
+
+/* Row block `block` of any KV head. */
+static void set_rows(const struct attend_job *job, size_t block, struct unit *unit)
+{
+    unit->first_row = block * MAX_ROWS;
+    unit->n_rows = (uint32_t)min_size(MAX_ROWS, job->n_rows - unit->first_row);
+    size_t last_row = unit->first_row + unit->n_rows - 1;
+    unit->slots = (struct range){row_slots(job, unit->first_row).begin, row_slots(job, last_row).end};
+}
+
+void ksort_count_work(struct attend_job *job)
+{
+    job->n_rows = (size_t)job->args->n_queries * job->group;
+    job->n_row_blocks = (job->n_rows - 1) / MAX_ROWS + 1;
+    job->head_tiles = 0;
+    for (size_t block = 0; block < job->n_row_blocks; block++) {
+        struct unit unit;
+        set_rows(job, block, &unit);
+        job->head_tiles += tiles_of(unit.slots);
+    }
+    job->n_tiles = job->head_tiles * job->args->k->n_kv_heads;
+}
+
+void ksort_unit_at(const struct attend_job *job, size_t at, struct unit *unit)
+{
+    unit->kv_head = (uint32_t)(at / job->head_tiles);
+    size_t begin = unit->kv_head * job->head_tiles;
+    for (size_t block = 0; block < job->n_row_blocks; block++) {
+        set_rows(job, block, unit);
+        unit->line = (struct range){begin, begin + tiles_of(unit->slots)};
+        if (at < unit->line.end)
+            return;
+        begin = unit->line.end;
+    }
+}
+
+/* Mantissas, factors and offsets of one rounded row for integer products (see struct query_rows). */
+static void set_integer_row(const struct attend_job *job, const union token_mantissas *mantissas,
+                            const uint8_t *exponents, uint32_t row, struct query_rows *queries)
+{
+    const struct head_layout *k = &job->k;
+    /* 2^-6 turns a BFP16 mantissa into units of 2^e; 2^-(mantissa_bits-2) does the same for the key's. */
+    float constant = job->args->scale * bits_float((uint32_t)(127 - 6 - (int32_t)(k->mantissa_bits - 2)) << 23);
+    memcpy(queries->quads[row], mantissas->quads, k->n_quads * sizeof(uint32_t));
+    for (uint32_t b = 0; b < k->n_blocks; b++) {
+        uint32_t end = (uint32_t)min_size((b + 1) * k->block_size, k->head_dim);
+        int32_t sum = 0;
+        for (uint32_t c = b * k->block_size; c < end; c++)
+            sum += mantissas->channels[c];
+        queries->factors[row][b] = constant * exponent_scale(exponents[b]);
+        queries->offsets[row][b] = -sum * (1 << (k->mantissa_bits - 1));
+    }
+}
+
+static void set_dequantized_row(const struct attend_job *job, const union token_mantissas *mantissas,
+                                const uint8_t *exponents, uint32_t row, struct query_rows *queries)
+{
+    for (uint32_t c = 0; c < job->k.head_dim; c++) {
+        float value = (float)mantissas->channels[c] * 0x1p-6f * exponent_scale(exponents[c / job->k.block_size]);
+        queries->values[row][c] = value * job->args->scale;
+    }
+}
+
+static void set_float_row(const struct attend_job *job, const float *query, uint32_t row, struct query_rows *queries)
+{
+    float factor = job->args->scale;
+    if (is_bfp(job->k.type))
+        factor *= bits_float((127 - (job->k.mantissa_bits - 2)) << 23);
+    for (uint32_t c = 0; c < job->k.head_dim; c++)
+        queries->values[row][c] = query[c] * factor;
+    for (uint32_t c = job->k.head_dim; c < 4 * job->k.n_quads; c++)
+        queries->values[row][c] = 0.0f; /* kernels multiply whole quads */
+}
+
+ksort_status ksort_prepare_queries(const struct attend_job *job, const struct unit *unit, struct query_rows *queries)
+{
+    const ksort_attend_args *args = job->args;
+    uint32_t head_dim = job->k.head_dim;
+    queries->n_rows = unit->n_rows;
+    for (uint32_t row = 0; row < unit->n_rows; row++) {
+        size_t token = (unit->first_row + row) / job->group, member = (unit->first_row + row) % job->group;
+        const float *query = args->q + token * args->q_token_stride + (unit->kv_head * job->group + member) * head_dim;
+        float rotated[KSORT_MAX_HEAD_DIM];
+        if (args->rope) {
+            struct rope_row tables = rope_row_of(args->rope, head_dim, unit->kv_head, token);
+            job->kernels->rope(&tables, query, head_dim, rotated);
+            query = rotated;
+            if (job->kernels->max_magnitude(rotated, head_dim) >= FLOAT_MAGNITUDE_INF)
+                return KSORT_ERR_NON_FINITE;
+        }
+        if (args->query_type == KSORT_F32) {
+            set_float_row(job, query, row, queries);
+            continue;
+        }
+        union token_mantissas mantissas = {.quads = {0}}; /* padding channels stay 0 */
+        uint8_t exponents[MAX_BLOCKS];
+        job->kernels->round_bfp(query, head_dim, job->k.block_size, 8, mantissas.channels, exponents);
+        if (is_bfp(job->k.type))
+            set_integer_row(job, &mantissas, exponents, row, queries);
+        else
+            set_dequantized_row(job, &mantissas, exponents, row, queries);
+    }
+    return KSORT_OK;
+}

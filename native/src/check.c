@@ -1,0 +1,90 @@
+#include "check.h"
+
+#include "kernels.h"
+
+/* Bytes from the start of the first to the end of the last of n pieces; false if that overflows or they overlap. */
+static bool extent(size_t piece_bytes, size_t stride, size_t n, size_t *bytes)
+{
+    if (n > 1 && (stride < piece_bytes || stride > (PTRDIFF_MAX - piece_bytes) / (n - 1)))
+        return false;
+    *bytes = (n - 1) * stride + piece_bytes;
+    return true;
+}
+
+/* Tiles may lie within heads or heads within tiles. */
+static bool tiles_are_apart(const ksort_cache *cache, size_t tile_bytes)
+{
+    size_t n_tiles = (cache->n_slots - 1) / KSORT_TILE_TOKENS + 1, inner, outer;
+    return (extent(tile_bytes, cache->tile_stride, n_tiles, &inner) &&
+            extent(inner, cache->head_stride, cache->n_kv_heads, &outer)) ||
+           (extent(tile_bytes, cache->head_stride, cache->n_kv_heads, &inner) &&
+            extent(inner, cache->tile_stride, n_tiles, &outer));
+}
+
+ksort_status ksort_check_cache(const ksort_cache *cache, bool with_memory, struct head_layout *layout)
+{
+    if (!cache)
+        return KSORT_ERR_ARGUMENT;
+    if (cache->struct_size != sizeof *cache)
+        return KSORT_ERR_STRUCT_SIZE;
+    ksort_status status = ksort_layout_of(&cache->format, layout);
+    if (status != KSORT_OK)
+        return status;
+    if (cache->n_kv_heads == 0 || cache->n_slots == 0 || (with_memory && !cache->base))
+        return KSORT_ERR_ARGUMENT;
+    if (cache->tile_stride % KSORT_ALIGNMENT || cache->head_stride % KSORT_ALIGNMENT ||
+        (with_memory && !is_aligned(cache->base)))
+        return KSORT_ERR_ALIGNMENT;
+    return tiles_are_apart(cache, layout->tile_bytes) ? KSORT_OK : KSORT_ERR_ARGUMENT;
+}
+
+ksort_status ksort_check_slots(const ksort_cache *cache, size_t first_slot, uint32_t n_tokens)
+{
+    bool inside = n_tokens > 0 && n_tokens <= cache->n_slots && first_slot <= cache->n_slots - n_tokens;
+    return inside ? KSORT_OK : KSORT_ERR_ARGUMENT;
+}
+
+ksort_status ksort_check_rows(uint32_t n_tokens, size_t token_stride, size_t row_values)
+{
+    bool fits = token_stride >= row_values && token_stride <= PTRDIFF_MAX / sizeof(float) / n_tokens;
+    return fits ? KSORT_OK : KSORT_ERR_ARGUMENT;
+}
+
+static bool head_pairs_up(const uint16_t *partner, const int8_t *sign, const uint16_t *frequency, uint32_t head_dim,
+                          uint32_t n_frequencies)
+{
+    for (uint32_t c = 0; c < head_dim; c++) {
+        if (partner[c] >= head_dim || sign[c] < -1 || sign[c] > 1)
+            return false;
+        if (sign[c] == 0)
+            continue;
+        if (frequency[c] >= n_frequencies || partner[partner[c]] != c || sign[partner[c]] != -sign[c])
+            return false;
+    }
+    return true;
+}
+
+ksort_status ksort_check_rope(const ksort_rope *rope, uint32_t n_kv_heads, uint32_t head_dim, uint32_t n_tokens,
+                              double *growth)
+{
+    if (rope->struct_size != sizeof *rope)
+        return KSORT_ERR_STRUCT_SIZE;
+    if (rope->n_frequencies == 0 || !rope->partner || !rope->sign || !rope->frequency || !rope->cos || !rope->sin ||
+        ksort_check_rows(n_tokens, rope->n_frequencies, rope->n_frequencies) != KSORT_OK)
+        return KSORT_ERR_ARGUMENT;
+    for (uint32_t h = 0; h < n_kv_heads; h++) {
+        size_t at = (size_t)h * head_dim;
+        if (!head_pairs_up(rope->partner + at, rope->sign + at, rope->frequency + at, head_dim, rope->n_frequencies))
+            return KSORT_ERR_ROPE;
+    }
+    const struct kernels *kernels = ksort_kernel_table();
+    if (!kernels)
+        return KSORT_ERR_KERNELS;
+    size_t n = (size_t)n_tokens * rope->n_frequencies;
+    uint32_t max_cos = kernels->max_magnitude(rope->cos, n), max_sin = kernels->max_magnitude(rope->sin, n);
+    if (max_cos >= FLOAT_MAGNITUDE_INF || max_sin >= FLOAT_MAGNITUDE_INF)
+        return KSORT_ERR_ROPE;
+    double sum = (double)bits_float(max_cos) + (double)bits_float(max_sin);
+    *growth = sum > 1.0 ? sum : 1.0;
+    return KSORT_OK;
+}

@@ -1,0 +1,94 @@
+/* The kernel table: everything that a level (scalar, AVX2, ...) may do in its own way, and the types it works on.
+ *
+ * A "unit" of attention is up to MAX_ROWS query rows that read the same KV head; a row is one query head of one token.
+ */
+#ifndef KSORT_KERNELS_H
+#define KSORT_KERNELS_H
+
+#include "layout.h"
+#include "softmax.h"
+
+#define MAX_ROWS 32 /* query rows that share each load of a K strip and a V tile */
+
+/* RoPE tables of one head and one token. */
+struct rope_row {
+    const uint16_t *partner;   /* [head_dim] */
+    const int8_t *sign;        /* [head_dim] */
+    const uint16_t *frequency; /* [head_dim] */
+    const float *cos;          /* [n_frequencies] */
+    const float *sin;          /* [n_frequencies] */
+};
+
+/* The tables of KV head `head` and the call's token `token`. */
+static inline struct rope_row rope_row_of(const ksort_rope *rope, uint32_t head_dim, uint32_t head, size_t token)
+{
+    size_t at = (size_t)head * head_dim, row = token * rope->n_frequencies;
+    return (struct rope_row){rope->partner + at, rope->sign + at, rope->frequency + at, rope->cos + row,
+                             rope->sin + row};
+}
+
+/* The query rows of a unit, ready to be multiplied with keys. */
+struct query_rows {
+    uint32_t n_rows;
+    /* BFP16 rows for BFP keys. Score = sum over blocks b of
+     *     (sum over the block of query mantissa * key mantissa) * factors[b] * 2^(key exponent b - 127),
+     * so factors hold the query's step, the softmax scale and the key's constant 2^-(mantissa_bits - 2). */
+    _Alignas(64) int32_t quads[MAX_ROWS][MAX_QUADS]; /* [n_rows][n_quads]: four mantissas each, padding 0 */
+    float factors[MAX_ROWS][MAX_BLOCKS];             /* [n_rows][n_blocks] */
+    /* Kernels that multiply unsigned bytes use key mantissa + 2^(mantissa_bits-1) and start a block's sum here, at
+     * -2^(mantissa_bits-1) * (sum of the block's query mantissas). */
+    int32_t offsets[MAX_ROWS][MAX_BLOCKS]; /* [n_rows][n_blocks] */
+    /* Float rows, for f32 queries or float keys. They hold the softmax scale; for BFP keys 2^-(mantissa_bits-2) too,
+     * and zeros up to the last quad. */
+    _Alignas(64) float values[MAX_ROWS][KSORT_MAX_HEAD_DIM]; /* [n_rows][head_dim] */
+};
+
+/* Tokens begin .. end-1 of one tile. */
+struct tile_span {
+    const struct head_layout *layout;
+    const uint8_t *tile;
+    const uint8_t *next; /* the tile that comes after it, to be asked for ahead of its use; or the tile itself */
+    uint32_t begin;
+    uint32_t end; /* at most KSORT_TILE_TOKENS */
+};
+
+/* scores[row][token] for at least the span's tokens (whole strips may be written). */
+typedef void score_function(const struct tile_span *keys, const struct query_rows *queries,
+                            float (*scores)[KSORT_TILE_TOKENS]);
+
+struct kernels {
+    const char *level;
+
+    /* Largest |x[i]| as float bits; FLOAT_MAGNITUDE_INF or more if any is infinite or NaN. */
+    uint32_t (*max_magnitude)(const float *x, size_t n);
+
+    /* y = RoPE(x), both [head_dim], not overlapping. The arithmetic is x * cos + (sign * partner) * sin, each operation
+     * rounded on its own, so that every level gives the same bits. */
+    void (*rope)(const struct rope_row *rope, const float *x, uint32_t head_dim, float *y);
+
+    /* Nearest BFP encoder of FORMAT.md over finite x [head_dim]: mantissas [head_dim], exponents [blocks]. */
+    void (*round_bfp)(const float *x, uint32_t head_dim, uint32_t block_size, uint32_t mantissa_bits,
+                      int8_t *mantissas, uint8_t *exponents);
+
+    /* Stores x [n] as f16 or bf16, round to nearest even. x is finite and in the type's range. */
+    void (*store_f16)(const float *x, uint32_t n, uint16_t *out);
+    void (*store_bf16)(const float *x, uint32_t n, uint16_t *out);
+
+    score_function *scores_bfp_by_bfp; /* BFP keys, queries->quads */
+    score_function *scores_bfp_by_f32; /* BFP keys, queries->values */
+    score_function *scores_float;      /* f32, f16 or bf16 keys, queries->values */
+
+    /* One step of online softmax for one row. Scores outside begin .. end-1 are not looked at; all are replaced by
+     * weights, exp(score - new maximum) inside and 0 outside. Returns the factor for what was accumulated before. */
+    float (*softmax_tile)(float scores[KSORT_TILE_TOKENS], uint32_t begin, uint32_t end, struct softmax_state *state);
+
+    /* accumulators[row] = rescale[row] * accumulators[row] + sum over the span's tokens of weights[row][token] * value.
+     * accumulators [n_rows][stride], stride >= head_dim. */
+    void (*accumulate)(const struct tile_span *values, uint32_t n_rows, const float (*weights)[KSORT_TILE_TOKENS],
+                       const float *rescale, float *accumulators, size_t stride);
+};
+
+/* The table in use, or NULL if KSORT_KERNELS asks for what this CPU does not have. */
+const struct kernels *ksort_kernel_table(void);
+
+#endif /* KSORT_KERNELS_H */

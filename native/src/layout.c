@@ -1,0 +1,144 @@
+#include "layout.h"
+
+static uint32_t divide_up(uint32_t a, uint32_t b)
+{
+    return (a + b - 1) / b;
+}
+
+ksort_status ksort_check_block_size(uint32_t block_size, uint32_t head_dim)
+{
+    bool known = block_size == 16 || block_size == 32 || block_size == 64 || block_size == 128;
+    return known && block_size <= head_dim ? KSORT_OK : KSORT_ERR_BLOCK_SIZE;
+}
+
+/* Mantissa bits, and the group of channels that fills whole words: see FORMAT.md, "Tiles". */
+static void set_bfp(struct head_layout *layout, uint32_t mantissa_bits, uint32_t group_quads, uint32_t group_words)
+{
+    uint32_t n_groups = divide_up(layout->head_dim, group_quads * 4);
+    layout->mantissa_bits = mantissa_bits;
+    layout->n_blocks = divide_up(layout->head_dim, layout->block_size);
+    layout->n_quads = n_groups * group_quads;
+    layout->n_words = n_groups * group_words;
+    layout->tile_bytes = (size_t)KSORT_TILE_TOKENS * (4 * layout->n_words + layout->n_blocks);
+}
+
+static void set_float(struct head_layout *layout, uint32_t value_bytes)
+{
+    layout->value_bytes = value_bytes;
+    layout->tile_bytes = (size_t)KSORT_TILE_TOKENS * layout->head_dim * value_bytes;
+}
+
+ksort_status ksort_layout_of(const ksort_format *format, struct head_layout *layout)
+{
+    if (!format || !layout)
+        return KSORT_ERR_ARGUMENT;
+    if (format->struct_size != sizeof *format)
+        return KSORT_ERR_STRUCT_SIZE;
+    if (format->type > KSORT_BFP12)
+        return KSORT_ERR_TYPE;
+    if (format->head_dim == 0 || format->head_dim % 2 || format->head_dim > KSORT_MAX_HEAD_DIM)
+        return KSORT_ERR_HEAD_DIM;
+    if (is_bfp(format->type)) {
+        ksort_status status = ksort_check_block_size(format->block_size, format->head_dim);
+        if (status != KSORT_OK)
+            return status;
+    }
+    *layout = (struct head_layout){
+        .type = format->type, .head_dim = format->head_dim, .block_size = format->block_size};
+    switch (format->type) {
+    case KSORT_F32:
+        set_float(layout, 4);
+        break;
+    case KSORT_F16:
+    case KSORT_BF16:
+        set_float(layout, 2);
+        break;
+    case KSORT_BFP16:
+        set_bfp(layout, 8, 1, 1);
+        break;
+    case KSORT_BFP14:
+        set_bfp(layout, 6, 4, 3);
+        break;
+    case KSORT_BFP12:
+        set_bfp(layout, 4, 2, 1);
+        break;
+    }
+    return KSORT_OK;
+}
+
+/* Four low bits of each byte of two quads, side by side. */
+static uint32_t nibbles(uint32_t low, uint32_t high)
+{
+    return (low & 0x0F0F0F0Fu) | (high & 0x0F0F0F0Fu) << 4;
+}
+
+static void words_of_quads(const struct head_layout *layout, const uint32_t *quads, uint32_t *words)
+{
+    switch (layout->mantissa_bits) {
+    case 8:
+        memcpy(words, quads, layout->n_words * sizeof *words);
+        break;
+    case 4:
+        for (uint32_t w = 0; w < layout->n_words; w++)
+            words[w] = nibbles(quads[2 * w], quads[2 * w + 1]);
+        break;
+    case 6:
+        for (uint32_t group = 0; group < layout->n_words / 3; group++, quads += 4, words += 3) {
+            words[0] = nibbles(quads[0], quads[1]);
+            words[1] = nibbles(quads[2], quads[3]);
+            words[2] = 0;
+            for (uint32_t i = 0; i < 4; i++)
+                words[2] |= (quads[i] >> 4 & 0x03030303u) << 2 * i;
+        }
+        break;
+    }
+}
+
+/* Sign-extends the low `bits` bits of each byte. With h = 2^(bits-1): u ^ h is the value + h, so adding 0x80 - h gives
+ * the value + 0x80 without a carry between bytes, and flipping the top bit takes the 0x80 away. */
+static uint32_t sign_extend_bytes(uint32_t u, uint32_t bits)
+{
+    uint32_t h = 1u << (bits - 1);
+    return ((u ^ h * 0x01010101u) + (0x80 - h) * 0x01010101u) ^ 0x80808080u;
+}
+
+static void quads_of_words(const struct head_layout *layout, const uint32_t *words, uint32_t *quads)
+{
+    switch (layout->mantissa_bits) {
+    case 8:
+        memcpy(quads, words, layout->n_words * sizeof *words);
+        break;
+    case 4:
+        for (uint32_t w = 0; w < layout->n_words; w++) {
+            quads[2 * w] = sign_extend_bytes(words[w] & 0x0F0F0F0Fu, 4);
+            quads[2 * w + 1] = sign_extend_bytes(words[w] >> 4 & 0x0F0F0F0Fu, 4);
+        }
+        break;
+    case 6:
+        for (uint32_t group = 0; group < layout->n_words / 3; group++, quads += 4, words += 3)
+            for (uint32_t i = 0; i < 4; i++) {
+                uint32_t low = words[i / 2] >> 4 * (i % 2) & 0x0F0F0F0Fu;
+                uint32_t high = words[2] >> 2 * i & 0x03030303u;
+                quads[i] = sign_extend_bytes(low | high << 4, 6);
+            }
+        break;
+    }
+}
+
+void ksort_store_mantissas(const struct head_layout *layout, const union token_mantissas *mantissas, uint8_t *tile,
+                           uint32_t token)
+{
+    uint32_t words[MAX_QUADS];
+    words_of_quads(layout, mantissas->quads, words);
+    for (uint32_t w = 0; w < layout->n_words; w++)
+        memcpy(tile + word_offset(layout, w, token), &words[w], sizeof words[w]);
+}
+
+void ksort_load_mantissas(const struct head_layout *layout, const uint8_t *tile, uint32_t token,
+                          union token_mantissas *mantissas)
+{
+    uint32_t words[MAX_QUADS];
+    for (uint32_t w = 0; w < layout->n_words; w++)
+        memcpy(&words[w], tile + word_offset(layout, w, token), sizeof words[w]);
+    quads_of_words(layout, words, mantissas->quads);
+}

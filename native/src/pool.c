@@ -1,0 +1,245 @@
+/* The optional pool: n_threads - 1 threads and the caller do one layer's step together, in four phases:
+ *
+ *     check k, v, q  |  write k, v  |  attend  |  join cut units
+ *
+ * A phase has n_threads parts. Any thread takes any part; the caller takes parts too, and goes on to the next phase as
+ * soon as all are done. So it never waits for a thread to wake up, only for parts that a thread has begun: where all of
+ * a step is shorter than a wake-up (100 us and more in virtual machines), the caller does it alone.
+ *
+ *     ticket, one atomic number:  | phase number, 32 bits | next part, 32 bits |
+ *
+ * Taking a part is adding 1 to the ticket by compare-and-exchange, which fails if the phase has changed meanwhile.
+ * Threads without a part spin for a moment, in case the next phase or layer comes at once, then sleep until the next
+ * step: the caller's own threads need the cores.
+ */
+#include <pthread.h>
+#include <sched.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+
+#include "attend.h"
+#include "pack.h"
+
+/* Rounds of spinning before sleep: 10 to 50 us, by the processor's pause instruction. Longer than the phases of a short
+ * step, much shorter than the matrix products between two steps. */
+#define SPIN_ROUNDS 500
+
+enum phase { PHASE_CHECK, PHASE_WRITE, PHASE_ATTEND, PHASE_JOIN, N_PHASES };
+
+struct step {
+    struct pack_job pack[2];  /* k, v; args NULL: none */
+    struct attend_job attend; /* args NULL: none */
+};
+
+struct ksort_pool {
+    uint32_t n_threads; /* with the caller */
+    uint32_t n_started;
+    pthread_t *threads; /* [n_started] */
+    struct step step;      /* written by the caller while no part is being done */
+    uint32_t phase_number; /* the caller's; its phase is number % N_PHASES */
+    _Atomic uint64_t ticket;
+    atomic_uint n_done; /* parts of the phase */
+    atomic_int status;  /* of the step: the first that is not KSORT_OK */
+    atomic_uint n_steps;
+    atomic_uint n_sleeping;
+    bool stopping; /* under the mutex */
+    pthread_mutex_t mutex;
+    pthread_cond_t wake;
+};
+
+static void spin_pause(void)
+{
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
+static ksort_status check_part(const struct step *step, uint32_t part, uint32_t n_parts)
+{
+    ksort_status status = KSORT_OK;
+    for (int i = 0; i < 2 && status == KSORT_OK; i++)
+        if (step->pack[i].args)
+            status = ksort_pack_check(&step->pack[i], part, n_parts);
+    if (status == KSORT_OK && step->attend.args)
+        status = ksort_attend_check(&step->attend, part, n_parts);
+    return status;
+}
+
+static ksort_status write_part(const struct step *step, uint32_t part, uint32_t n_parts)
+{
+    for (int i = 0; i < 2; i++)
+        if (step->pack[i].args)
+            ksort_pack_write(&step->pack[i], part, n_parts);
+    return KSORT_OK;
+}
+
+static ksort_status run_part(const struct step *step, enum phase phase, uint32_t part, uint32_t n_parts)
+{
+    switch (phase) {
+    case PHASE_CHECK:
+        return check_part(step, part, n_parts);
+    case PHASE_WRITE:
+        return write_part(step, part, n_parts);
+    case PHASE_ATTEND:
+        return ksort_attend_run(&step->attend, part, n_parts);
+    default:
+        return ksort_attend_join(&step->attend, part, n_parts);
+    }
+}
+
+/* Takes and does one part of the current phase; false if none is left. */
+static bool do_next_part(struct ksort_pool *pool)
+{
+    uint64_t ticket = atomic_load(&pool->ticket);
+    do {
+        if ((uint32_t)ticket >= pool->n_threads)
+            return false;
+    } while (!atomic_compare_exchange_weak(&pool->ticket, &ticket, ticket + 1));
+    enum phase phase = (enum phase)((ticket >> 32) % N_PHASES);
+    ksort_status status = run_part(&pool->step, phase, (uint32_t)ticket, pool->n_threads);
+    int ok = KSORT_OK;
+    if (status != KSORT_OK)
+        atomic_compare_exchange_strong(&pool->status, &ok, status);
+    atomic_fetch_add(&pool->n_done, 1);
+    return true;
+}
+
+/* Waits for a step after number `seen`. A thread counts itself as sleeping before it looks at n_steps a last time, and
+ * the caller counts the step before it looks for sleepers: one of them sees the other. False: the pool ends. */
+static bool sleep_until_step(struct ksort_pool *pool, unsigned seen)
+{
+    pthread_mutex_lock(&pool->mutex);
+    atomic_fetch_add(&pool->n_sleeping, 1);
+    while (!pool->stopping && atomic_load(&pool->n_steps) == seen)
+        pthread_cond_wait(&pool->wake, &pool->mutex);
+    atomic_fetch_sub(&pool->n_sleeping, 1);
+    bool stopping = pool->stopping;
+    pthread_mutex_unlock(&pool->mutex);
+    return !stopping;
+}
+
+static void *worker_main(void *argument)
+{
+    struct ksort_pool *pool = argument;
+    unsigned seen;
+    do {
+        seen = atomic_load(&pool->n_steps);
+        for (int idle_rounds = 0; idle_rounds < SPIN_ROUNDS; idle_rounds++) {
+            if (do_next_part(pool))
+                idle_rounds = 0;
+            spin_pause();
+        }
+    } while (sleep_until_step(pool, seen));
+    return NULL;
+}
+
+static void wake_sleepers(struct ksort_pool *pool)
+{
+    if (atomic_load(&pool->n_sleeping) == 0)
+        return;
+    pthread_mutex_lock(&pool->mutex);
+    pthread_cond_broadcast(&pool->wake);
+    pthread_mutex_unlock(&pool->mutex);
+}
+
+/* The caller's side of one phase. Returns the step's status so far. */
+static ksort_status run_phase(struct ksort_pool *pool, enum phase phase)
+{
+    do
+        pool->phase_number++;
+    while (pool->phase_number % N_PHASES != phase);
+    atomic_store(&pool->n_done, 0);
+    atomic_store(&pool->ticket, (uint64_t)pool->phase_number << 32);
+    while (do_next_part(pool)) {
+    }
+    for (int rounds = 0; atomic_load(&pool->n_done) < pool->n_threads; rounds++) {
+        if (rounds < SPIN_ROUNDS)
+            spin_pause();
+        else
+            sched_yield(); /* a part takes long, or its thread lost its core: perhaps to this one */
+    }
+    return (ksort_status)atomic_load(&pool->status);
+}
+
+ksort_status ksort_pool_step(ksort_pool *pool, const ksort_pack_args *k, const ksort_pack_args *v,
+                             const ksort_attend_args *attend)
+{
+    if (!pool)
+        return KSORT_ERR_ARGUMENT;
+    struct step *step = &pool->step;
+    const ksort_pack_args *pack[2] = {k, v};
+    *step = (struct step){.attend.args = NULL};
+    ksort_status status = KSORT_OK;
+    for (int i = 0; i < 2 && status == KSORT_OK; i++)
+        if (pack[i])
+            status = ksort_pack_prepare(pack[i], &step->pack[i]);
+    if (status == KSORT_OK && attend)
+        status = ksort_attend_prepare(attend, pool->n_threads, true, &step->attend);
+    if (status != KSORT_OK)
+        return status;
+    atomic_store(&pool->status, KSORT_OK);
+    atomic_fetch_add(&pool->n_steps, 1);
+    wake_sleepers(pool);
+    status = run_phase(pool, PHASE_CHECK);
+    if (status == KSORT_OK && (k || v))
+        status = run_phase(pool, PHASE_WRITE);
+    if (status == KSORT_OK && attend)
+        status = run_phase(pool, PHASE_ATTEND);
+    if (status == KSORT_OK && attend)
+        status = run_phase(pool, PHASE_JOIN);
+    return status;
+}
+
+static bool init_pool(struct ksort_pool *pool, uint32_t n_threads)
+{
+    pool->n_threads = n_threads;
+    atomic_init(&pool->ticket, n_threads); /* no part to take */
+    pool->threads = calloc(n_threads, sizeof *pool->threads);
+    if (!pool->threads)
+        return false;
+    if (pthread_mutex_init(&pool->mutex, NULL) == 0) {
+        if (pthread_cond_init(&pool->wake, NULL) == 0)
+            return true;
+        pthread_mutex_destroy(&pool->mutex);
+    }
+    free(pool->threads);
+    return false;
+}
+
+ksort_status ksort_pool_create(uint32_t n_threads, ksort_pool **pool)
+{
+    if (n_threads == 0 || !pool)
+        return KSORT_ERR_ARGUMENT;
+    struct ksort_pool *created = calloc(1, sizeof *created);
+    if (!created)
+        return KSORT_ERR_THREADS;
+    if (!init_pool(created, n_threads)) {
+        free(created);
+        return KSORT_ERR_THREADS;
+    }
+    for (; created->n_started < n_threads - 1; created->n_started++)
+        if (pthread_create(&created->threads[created->n_started], NULL, worker_main, created)) {
+            ksort_pool_destroy(created);
+            return KSORT_ERR_THREADS;
+        }
+    *pool = created;
+    return KSORT_OK;
+}
+
+void ksort_pool_destroy(ksort_pool *pool)
+{
+    if (!pool)
+        return;
+    pthread_mutex_lock(&pool->mutex);
+    pool->stopping = true;
+    pthread_cond_broadcast(&pool->wake);
+    pthread_mutex_unlock(&pool->mutex);
+    for (uint32_t i = 0; i < pool->n_started; i++)
+        pthread_join(pool->threads[i], NULL);
+    pthread_cond_destroy(&pool->wake);
+    pthread_mutex_destroy(&pool->mutex);
+    free(pool->threads);
+    free(pool);
+}

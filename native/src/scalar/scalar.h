@@ -1,0 +1,22 @@
+/* The scalar level: complete, and the oracle of the others. Contracts are in kernels.h. */
+#ifndef KSORT_SCALAR_H
+#define KSORT_SCALAR_H
+
+#include "kernels.h"
+
+uint32_t ksort_scalar_max_magnitude(const float *x, size_t n);
+void ksort_scalar_rope(const struct rope_row *rope, const float *x, uint32_t head_dim, float *y);
+void ksort_scalar_round_bfp(const float *x, uint32_t head_dim, uint32_t block_size, uint32_t mantissa_bits,
+                            int8_t *mantissas, uint8_t *exponents);
+void ksort_scalar_store_f16(const float *x, uint32_t n, uint16_t *out);
+void ksort_scalar_store_bf16(const float *x, uint32_t n, uint16_t *out);
+
+score_function ksort_scalar_scores_bfp_by_bfp, ksort_scalar_scores_bfp_by_f32, ksort_scalar_scores_float;
+
+float ksort_scalar_softmax_tile(float scores[KSORT_TILE_TOKENS], uint32_t begin, uint32_t end,
+                                struct softmax_state *state);
+void ksort_scalar_accumulate(const struct tile_span *values, uint32_t n_rows,
+                             const float (*weights)[KSORT_TILE_TOKENS], const float *rescale, float *accumulators,
+                             size_t stride);
+
+#endif /* KSORT_SCALAR_H */

@@ -1,0 +1,39 @@
+/* The x86-64 levels, each overriding the one before. Contracts are in kernels.h.
+ *   avx2        AVX2, FMA, F16C
+ *   avx512      AVX-512 F, BW, VL, DQ
+ *   avx512vnni  and VNNI
+ */
+#ifndef KSORT_X86_H
+#define KSORT_X86_H
+
+#include "kernels.h"
+
+/* For functions whose constant arguments must reach the compiler: numbers of rows, types. */
+#define ALWAYS_INLINE static inline __attribute__((always_inline))
+
+uint32_t ksort_avx2_max_magnitude(const float *x, size_t n);
+void ksort_avx2_round_bfp(const float *x, uint32_t head_dim, uint32_t block_size, uint32_t mantissa_bits,
+                          int8_t *mantissas, uint8_t *exponents);
+void ksort_avx2_store_f16(const float *x, uint32_t n, uint16_t *out);
+void ksort_avx2_store_bf16(const float *x, uint32_t n, uint16_t *out);
+score_function ksort_avx2_scores_bfp_by_bfp, ksort_avx2_scores_bfp_by_f32, ksort_avx2_scores_float;
+float ksort_avx2_softmax_tile(float scores[KSORT_TILE_TOKENS], uint32_t begin, uint32_t end,
+                              struct softmax_state *state);
+void ksort_avx2_accumulate(const struct tile_span *values, uint32_t n_rows, const float (*weights)[KSORT_TILE_TOKENS],
+                           const float *rescale, float *accumulators, size_t stride);
+
+uint32_t ksort_avx512_max_magnitude(const float *x, size_t n);
+void ksort_avx512_round_bfp(const float *x, uint32_t head_dim, uint32_t block_size, uint32_t mantissa_bits,
+                            int8_t *mantissas, uint8_t *exponents);
+void ksort_avx512_store_f16(const float *x, uint32_t n, uint16_t *out);
+void ksort_avx512_store_bf16(const float *x, uint32_t n, uint16_t *out);
+score_function ksort_avx512_scores_bfp_by_bfp, ksort_avx512_scores_bfp_by_f32, ksort_avx512_scores_float;
+float ksort_avx512_softmax_tile(float scores[KSORT_TILE_TOKENS], uint32_t begin, uint32_t end,
+                                struct softmax_state *state);
+void ksort_avx512_accumulate(const struct tile_span *values, uint32_t n_rows,
+                             const float (*weights)[KSORT_TILE_TOKENS], const float *rescale, float *accumulators,
+                             size_t stride);
+
+score_function ksort_avx512vnni_scores_bfp_by_bfp;
+
+#endif /* KSORT_X86_H */

@@ -1,0 +1,162 @@
+/* Argument checks under fuzzing: structs whose fields come from the input. Whatever they hold, no call may touch memory
+ * outside the buffers, and a refused call may not change the cache or the output.
+ *
+ * The library cannot know how large the caller's buffers are, so calls whose accepted arguments would reach beyond ours
+ * are the caller's fault and are not made: reach() works that out, in 128 bits, apart from the library's checks.
+ * Entry: LLVMFuzzerTestOneInput (clang -fsanitize=fuzzer); fuzz_main.c feeds it random inputs under any compiler. */
+#include <math.h>
+
+#include "support.h"
+
+typedef unsigned __int128 wide;
+
+enum { CACHE_BYTES = 1 << 16, N_FLOATS = 1 << 13, N_TABLE = 1 << 10, WORKSPACE_BYTES = 1 << 21 };
+
+/* Memory that the calls may touch, and copies of what a refused call must leave as it was. */
+static _Alignas(64) unsigned char k_memory[CACHE_BYTES + 64], v_memory[CACHE_BYTES + 64], before[CACHE_BYTES + 64];
+static _Alignas(64) unsigned char workspace[WORKSPACE_BYTES + 64];
+static float x[N_FLOATS], out[N_FLOATS], out_before[N_FLOATS];
+static uint16_t partner[N_TABLE], frequency[N_TABLE];
+static int8_t sign[N_TABLE];
+
+/* The input, read from the front; zeros once it is used up. */
+typedef struct input {
+    const uint8_t *data;
+    size_t size;
+} input;
+
+static uint8_t next_byte(input *in) {
+    if (in->size == 0) return 0;
+    in->size--;
+    return *in->data++;
+}
+
+/* `valid` most of the time; otherwise a value at some limit. */
+static uint64_t mutated(input *in, uint64_t valid) {
+    static const uint64_t limits[] = {
+        0,     1,          2,          3,          7,           16,       63,            64,          65, 127, 128, 255,
+        65535, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 0x100000000, SIZE_MAX, SIZE_MAX - 63, SIZE_MAX / 2,
+    };
+    uint8_t choice = next_byte(in);
+    if (choice < 224) return valid;
+    if (choice < 240) return valid + (int8_t)next_byte(in);
+    return limits[next_byte(in) % (sizeof limits / sizeof *limits)];
+}
+
+static void *mutated_pointer(input *in, void *valid) {
+    uint8_t choice = next_byte(in);
+    if (choice < 248) return valid;
+    return choice < 252 ? NULL : (char *)valid + 4;
+}
+
+static ksort_format random_fuzz_format(input *in, uint32_t n_types) {
+    uint32_t head_dim = 2u * (1u + next_byte(in) % 40u);
+    ksort_format f = {mutated(in, sizeof f), (uint32_t)mutated(in, next_byte(in) % n_types),
+                      (uint32_t)mutated(in, head_dim), (uint32_t)mutated(in, 16u << next_byte(in) % 3)};
+    return f;
+}
+
+static ksort_cache random_cache(input *in, ksort_format format, void *memory, uint32_t n_kv_heads) {
+    size_t tile_bytes = 64;
+    if (ksort_tile_bytes(&format, &tile_bytes) != KSORT_OK) tile_bytes = 64;
+    ksort_cache c = {mutated(in, sizeof c), format, mutated_pointer(in, memory), mutated(in, n_kv_heads * tile_bytes),
+                     mutated(in, tile_bytes), mutated(in, 128), (uint32_t)mutated(in, n_kv_heads)};
+    return c;
+}
+
+/* Bytes behind base that slots 0 .. last_slot of the cache may take; all of them if the format is not valid. */
+static wide reach(const ksort_cache *c, wide last_slot) {
+    size_t tile_bytes = 0;
+    if (ksort_tile_bytes(&c->format, &tile_bytes) != KSORT_OK) return 0; /* the call must refuse it */
+    wide tiles = last_slot / KSORT_TILE_TOKENS, heads = c->n_kv_heads ? c->n_kv_heads - 1u : 0;
+    return tiles * c->tile_stride + heads * c->head_stride + tile_bytes;
+}
+
+static int rows_fit(uint32_t n_rows, size_t stride, wide row, size_t n_available) {
+    return n_rows == 0 || (wide)(n_rows - 1) * stride + row <= n_available;
+}
+
+/* Whether an accepted call would stay inside our buffers. Slots past n_slots must be refused, so they do not count. */
+static int cache_fits(const ksort_cache *c, size_t first_slot, uint32_t n_tokens) {
+    wide end = (wide)first_slot + n_tokens;
+    return end > c->n_slots || n_tokens == 0 || reach(c, end - 1) <= CACHE_BYTES;
+}
+
+static int rope_fits(const ksort_rope *rope, const ksort_cache *c, uint32_t n_tokens) {
+    return !rope || ((wide)c->n_kv_heads * c->format.head_dim <= N_TABLE &&
+                     (wide)n_tokens * rope->n_frequencies <= N_FLOATS - 1);
+}
+
+static ksort_rope random_rope(input *in, uint32_t n_kv_heads, uint32_t head_dim) {
+    uint32_t n_rot = next_byte(in) & ~1u;
+    if (n_rot > head_dim) n_rot = head_dim & ~1u;
+    if ((wide)n_kv_heads * head_dim <= N_TABLE) fill_rope_tables(partner, sign, frequency, n_kv_heads, head_dim, n_rot);
+    uint8_t place = next_byte(in);
+    partner[place] = (uint16_t)mutated(in, partner[place]);
+    sign[place] = (int8_t)mutated(in, (uint8_t)sign[place]);
+    frequency[place] = (uint16_t)mutated(in, frequency[place]);
+    ksort_rope rope = {mutated(in, sizeof rope), (uint32_t)mutated(in, n_rot / 2 + 1), partner, sign, frequency, x,
+                       mutated_pointer(in, x)};
+    return rope;
+}
+
+static void fuzz_pack(input *in, const ksort_cache *c, const ksort_rope *rope) {
+    uint32_t row = c->n_kv_heads * c->format.head_dim;
+    ksort_pack_args args = {mutated(in, sizeof args), c, rope, mutated_pointer(in, x), mutated(in, row),
+                            mutated(in, next_byte(in) % 120), (uint32_t)mutated(in, 1 + next_byte(in) % 8)};
+    if (!cache_fits(c, args.first_slot, args.n_tokens) || !rope_fits(rope, c, args.n_tokens) ||
+        !rows_fit(args.n_tokens, args.x_token_stride, (wide)c->n_kv_heads * c->format.head_dim, N_FLOATS - 1))
+        return;
+    memcpy(before, k_memory, sizeof before);
+    uint32_t nth = 1 + next_byte(in) % 3, ith = (uint32_t)mutated(in, 0);
+    if (ksort_pack(&args, ith, nth) != KSORT_OK) CHECK(memcmp(before, k_memory, sizeof before) == 0);
+    memcpy(before, k_memory, sizeof before);
+    if ((wide)args.n_tokens * c->n_kv_heads * c->format.head_dim <= N_FLOATS)
+        ksort_unpack(c, args.first_slot, args.n_tokens, out);
+    CHECK(memcmp(before, k_memory, sizeof before) == 0);
+}
+
+static void fuzz_attend(input *in, const ksort_cache *k, const ksort_cache *v, const ksort_rope *rope) {
+    uint32_t n_heads = k->n_kv_heads * (1u + next_byte(in) % 3u), row = n_heads * k->format.head_dim;
+    ksort_attend_args args = {.struct_size = mutated(in, sizeof args), .k = k, .v = v, .rope = rope,
+                              .q = mutated_pointer(in, x), .q_token_stride = mutated(in, row),
+                              .out = mutated_pointer(in, out), .out_token_stride = mutated(in, row),
+                              .first_slot = mutated(in, next_byte(in) % 120),
+                              .n_queries = (uint32_t)mutated(in, 1 + next_byte(in) % 8),
+                              .n_heads = (uint32_t)mutated(in, n_heads), .window = (uint32_t)mutated(in, 0),
+                              .query_type = (uint32_t)mutated(in, next_byte(in) % 2 ? KSORT_BFP16 : KSORT_F32),
+                              .scale = 0.25f};
+    uint32_t nth = 1 + next_byte(in) % 3;
+    ksort_attend_workspace_bytes(&args, nth, &args.workspace_bytes);
+    args.workspace = mutated_pointer(in, workspace);
+    args.workspace_bytes = mutated(in, args.workspace_bytes);
+    wide q_row = (wide)args.n_heads * k->format.head_dim;
+    if (args.workspace_bytes > WORKSPACE_BYTES || !cache_fits(k, args.first_slot, args.n_queries) ||
+        !cache_fits(v, args.first_slot, args.n_queries) || !rope_fits(rope, k, args.n_queries) ||
+        !rows_fit(args.n_queries, args.q_token_stride, q_row, N_FLOATS - 1) ||
+        !rows_fit(args.n_queries, args.out_token_stride, q_row, N_FLOATS - 1))
+        return;
+    memcpy(out_before, out, sizeof out);
+    ksort_status status = KSORT_OK;
+    for (uint32_t ith = 0; ith < nth && status == KSORT_OK; ith++) status = ksort_attend(&args, ith, nth);
+    if (status != KSORT_OK && status != KSORT_ERR_NON_FINITE) CHECK(memcmp(out_before, out, sizeof out) == 0);
+    for (uint32_t ith = 0; ith < nth && status == KSORT_OK; ith++) status = ksort_attend_merge(&args, ith, nth);
+}
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
+    input in = {data, size};
+    rng r = {size + 1};
+    rng_floats(&r, x, N_FLOATS);
+    if (next_byte(&in) > 250) x[next_byte(&in)] = next_byte(&in) & 1 ? NAN : INFINITY;
+    for (size_t i = 0; i < CACHE_BYTES; i++) k_memory[i] = v_memory[i] = (unsigned char)(i * 7 + size);
+    uint32_t n_kv_heads = 1u + next_byte(&in) % 3u;
+    ksort_format k_format = random_fuzz_format(&in, 7), v_format = random_fuzz_format(&in, 3);
+    v_format.head_dim = (uint32_t)mutated(&in, k_format.head_dim);
+    ksort_cache k = random_cache(&in, k_format, k_memory, n_kv_heads);
+    ksort_cache v = random_cache(&in, v_format, v_memory, n_kv_heads);
+    ksort_rope rope = random_rope(&in, k.n_kv_heads, k.format.head_dim);
+    const ksort_rope *rope_or_null = next_byte(&in) & 1 ? &rope : NULL;
+    fuzz_pack(&in, &k, rope_or_null);
+    fuzz_attend(&in, &k, &v, rope_or_null);
+    return 0;
+}

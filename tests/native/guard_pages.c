@@ -1,0 +1,169 @@
+/* Packs, attends and unpacks random problems with unmapped pages directly before and after every buffer, so that a read
+ * or write of one byte too many ends the program, in code that sanitizers do not instrument (intrinsics) as well.
+ * usage: guard_pages ITERATIONS [SEED]; KSORT_KERNELS chooses the level. */
+#include <math.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "support.h"
+
+/*   | unmapped page | ... n_bytes ... | unmapped page |
+ * Buffers lie flush against one of the two pages: at_end chooses which. */
+typedef struct guarded {
+    unsigned char *mapping;
+    size_t mapped_bytes;
+    void *data;
+} guarded;
+
+static guarded guarded_new(size_t n_bytes, int at_end) {
+    size_t page = (size_t)sysconf(_SC_PAGESIZE);
+    size_t inner = (n_bytes + page - 1) / page * page;
+    guarded g = {NULL, inner + 2 * page, NULL};
+    void *mapping = mmap(NULL, g.mapped_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    CHECK(mapping != MAP_FAILED);
+    g.mapping = mapping;
+    CHECK(inner == 0 || mprotect(g.mapping + page, inner, PROT_READ | PROT_WRITE) == 0);
+    g.data = g.mapping + page + (at_end ? inner - n_bytes : 0);
+    return g;
+}
+
+static void guarded_free(guarded g) { munmap(g.mapping, g.mapped_bytes); }
+
+/* Exactly the floats that a row-strided array spans: the last row has no padding behind it. */
+static size_t strided_floats(uint32_t n_rows, size_t stride, size_t row) { return (n_rows - 1) * stride + row; }
+
+typedef struct problem {
+    uint32_t n_heads, n_kv_heads, head_dim, n_queries, n_rot, nth;
+    size_t first_slot, n_slots;
+    int at_end;
+} problem;
+
+static problem random_problem(rng *r) {
+    problem p;
+    p.n_kv_heads = rng_between(r, 1, 3);
+    p.n_heads = p.n_kv_heads * rng_between(r, 1, 5);
+    p.head_dim = 2 * (rng_next(r) >> 63 ? rng_between(r, 1, 128) : 8 * rng_between(r, 1, 16));
+    p.n_queries = rng_next(r) >> 62 ? 1 : rng_between(r, 1, 70);
+    p.first_slot = rng_between(r, 0, 300);
+    p.n_slots = p.first_slot + p.n_queries;
+    p.n_rot = 2 * rng_between(r, 0, p.head_dim / 2);
+    p.nth = rng_between(r, 1, 6);
+    p.at_end = (int)rng_between(r, 0, 1);
+    return p;
+}
+
+typedef struct guarded_rope {
+    guarded partner, sign, frequency, cos, sin;
+    ksort_rope rope;
+} guarded_rope;
+
+static guarded_rope random_rope(rng *r, const problem *p) {
+    guarded_rope g;
+    size_t n = (size_t)p->n_kv_heads * p->head_dim;
+    uint32_t n_frequencies = p->n_rot ? p->n_rot / 2 : 1;
+    size_t n_waves = p->n_slots * n_frequencies;
+    g.partner = guarded_new(n * sizeof(uint16_t), p->at_end);
+    g.sign = guarded_new(n, p->at_end);
+    g.frequency = guarded_new(n * sizeof(uint16_t), p->at_end);
+    g.cos = guarded_new(n_waves * sizeof(float), p->at_end);
+    g.sin = guarded_new(n_waves * sizeof(float), p->at_end);
+    fill_rope_tables(g.partner.data, g.sign.data, g.frequency.data, p->n_kv_heads, p->head_dim, p->n_rot);
+    rng_floats(r, g.cos.data, n_waves);
+    rng_floats(r, g.sin.data, n_waves);
+    g.rope = (ksort_rope){sizeof(ksort_rope), n_frequencies, g.partner.data, g.sign.data,
+                          g.frequency.data,   g.cos.data,    g.sin.data};
+    return g;
+}
+
+static void free_rope(guarded_rope g) {
+    guarded_free(g.partner);
+    guarded_free(g.sign);
+    guarded_free(g.frequency);
+    guarded_free(g.cos);
+    guarded_free(g.sin);
+}
+
+/* A cache of p's geometry whose memory holds exactly its tiles, filled with 0xFF: NaN, were it read. */
+static guarded new_cache(ksort_cache *cache, ksort_format format, const problem *p) {
+    size_t tile_bytes = 0, n_tiles = (p->n_slots + KSORT_TILE_TOKENS - 1) / KSORT_TILE_TOKENS;
+    CHECK_OK(ksort_tile_bytes(&format, &tile_bytes));
+    guarded g = guarded_new(n_tiles * p->n_kv_heads * tile_bytes, p->at_end);
+    memset(g.data, 0xFF, n_tiles * p->n_kv_heads * tile_bytes);
+    *cache = (ksort_cache){sizeof *cache, format,       g.data, p->n_kv_heads * tile_bytes,
+                           tile_bytes,    p->n_slots, p->n_kv_heads};
+    return g;
+}
+
+/* Packs n_slots random tokens in two calls and reads them back: finite, and off by at most one rounding step. */
+static void pack_all(rng *r, const problem *p, const ksort_cache *cache, const ksort_rope *rope) {
+    size_t row = (size_t)p->n_kv_heads * p->head_dim, stride = row + rng_between(r, 0, 3);
+    uint32_t n = (uint32_t)p->n_slots, first_half = rng_between(r, 0, n - 1);
+    for (uint32_t start = 0, end = first_half; start < n; start = end, end = n) {
+        if (end == start) end = n;
+        guarded x = guarded_new(strided_floats(end - start, stride, row) * sizeof(float), p->at_end);
+        rng_floats(r, x.data, strided_floats(end - start, stride, row));
+        ksort_rope at_start = rope ? *rope : (ksort_rope){0};
+        at_start.cos += (size_t)start * at_start.n_frequencies;
+        at_start.sin += (size_t)start * at_start.n_frequencies;
+        ksort_pack_args args = {sizeof args, cache, rope ? &at_start : NULL, x.data, stride, start, end - start};
+        for (uint32_t ith = 0; ith < p->nth; ith++) CHECK_OK(ksort_pack(&args, ith, p->nth));
+        guarded back = guarded_new((end - start) * row * sizeof(float), p->at_end);
+        CHECK_OK(ksort_unpack(cache, start, end - start, back.data));
+        for (size_t i = 0; i < (end - start) * row; i++) CHECK(fabsf(((float *)back.data)[i]) <= 2.01f);
+        guarded_free(back);
+        guarded_free(x);
+    }
+}
+
+/* Attends with the problem's last n_queries tokens; an average of values in [-1, 1] must lie there too. */
+static void attend(rng *r, const problem *p, const ksort_cache *k, const ksort_cache *v, const ksort_rope *rope) {
+    size_t row = (size_t)p->n_heads * p->head_dim;
+    size_t q_stride = row + rng_between(r, 0, 3), out_stride = row + rng_between(r, 0, 3);
+    guarded q = guarded_new(strided_floats(p->n_queries, q_stride, row) * sizeof(float), p->at_end);
+    guarded out = guarded_new(strided_floats(p->n_queries, out_stride, row) * sizeof(float), p->at_end);
+    rng_floats(r, q.data, strided_floats(p->n_queries, q_stride, row));
+    memset(out.data, 0xFF, strided_floats(p->n_queries, out_stride, row) * sizeof(float));
+    ksort_rope at_query = *rope;
+    at_query.cos += p->first_slot * rope->n_frequencies;
+    at_query.sin += p->first_slot * rope->n_frequencies;
+    ksort_attend_args args = {.struct_size = sizeof args, .k = k, .v = v, .rope = &at_query,
+                              .q = q.data, .q_token_stride = q_stride, .out = out.data, .out_token_stride = out_stride,
+                              .first_slot = p->first_slot, .n_queries = p->n_queries, .n_heads = p->n_heads,
+                              .window = rng_next(r) >> 63 ? 0 : rng_between(r, 1, 100),
+                              .query_type = p->head_dim >= 16 && rng_next(r) >> 63 ? KSORT_BFP16 : KSORT_F32,
+                              .scale = 0.3f};
+    CHECK_OK(ksort_attend_workspace_bytes(&args, p->nth, &args.workspace_bytes));
+    size_t aligned_bytes = (args.workspace_bytes + KSORT_ALIGNMENT - 1) / KSORT_ALIGNMENT * KSORT_ALIGNMENT;
+    guarded workspace = guarded_new(aligned_bytes, p->at_end);
+    args.workspace = workspace.data;
+    memset(args.workspace, 0xFF, aligned_bytes); /* NaN: what was there before must not matter */
+    for (uint32_t ith = 0; ith < p->nth; ith++) CHECK_OK(ksort_attend(&args, ith, p->nth));
+    for (uint32_t ith = 0; ith < p->nth; ith++) CHECK_OK(ksort_attend_merge(&args, ith, p->nth));
+    for (uint32_t i = 0; i < p->n_queries; i++)
+        for (size_t c = 0; c < row; c++) CHECK(fabsf(((float *)out.data)[i * out_stride + c]) <= 1.001f);
+    guarded_free(workspace);
+    guarded_free(out);
+    guarded_free(q);
+}
+
+int main(int argc, char **argv) {
+    long n_iterations = argc > 1 ? atol(argv[1]) : 100;
+    rng r = {argc > 2 ? strtoull(argv[2], NULL, 10) | 1 : 1};
+    if (strcmp(ksort_kernels(), "unsupported") == 0) return SKIPPED;
+    for (long i = 0; i < n_iterations; i++) {
+        problem p = random_problem(&r);
+        ksort_cache k, v;
+        uint32_t highest_type = p.head_dim < 16 ? KSORT_BF16 : KSORT_BFP12;
+        guarded k_memory = new_cache(&k, random_format(&r, KSORT_F32, highest_type, p.head_dim), &p);
+        guarded v_memory = new_cache(&v, random_format(&r, KSORT_F32, KSORT_BF16, p.head_dim), &p);
+        guarded_rope rope = random_rope(&r, &p);
+        pack_all(&r, &p, &k, &rope.rope);
+        pack_all(&r, &p, &v, NULL);
+        attend(&r, &p, &k, &v, &rope.rope);
+        free_rope(rope);
+        guarded_free(v_memory);
+        guarded_free(k_memory);
+    }
+    printf("guard_pages: %ld problems, kernels %s\n", n_iterations, ksort_kernels());
+    return 0;
+}

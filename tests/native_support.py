@@ -1,0 +1,162 @@
+"""What the tests of libksort share: nasty inputs, caches in aligned memory, RoPE tables, d-Matrix's own cast."""
+
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+import sys
+import types
+
+import numpy as np
+import pytest
+
+from ksort_gguf import native, reference
+from ksort_gguf.families.rope import RopeTables, folded_tables, stock_tables
+
+BFP_TYPES = tuple(reference.MANTISSA_BITS)
+FLOAT_TYPES = tuple(reference.FLOAT_BYTES)
+# head_dim, block_size: whole blocks, ragged last blocks, padded words, the smallest head, the largest
+BFP_SHAPES = (
+    *((16, 16), (18, 16), (64, 16), (64, 64), (80, 32), (80, 64)),
+    *((90, 16), (90, 64), (128, 32), (128, 128), (256, 128), (256, 16)),
+)
+
+
+def nasty_rows(rng: np.random.Generator, n_rows: int, head_dim: int, mantissa_bits: int = 4) -> np.ndarray:
+    """float32 [n_rows, head_dim]: each row is one kind of block that encoders get wrong, in random order."""
+    normal = rng.standard_normal((n_rows, head_dim))
+    outlier = np.where(rng.random((n_rows, head_dim)) < 0.05, 100.0, 1.0)
+    ticks = rng.integers(-(2 ** (mantissa_bits + 1)), 2 ** (mantissa_bits + 1), (n_rows, head_dim))
+    largest = np.float64(np.finfo(np.float32).max)
+    kinds = [
+        normal,
+        normal * outlier,
+        ticks * 0.25,  # exact ties between mantissas, in every direction
+        normal * 1e30,
+        normal * 1e-30,
+        normal * 2.0**-126,  # blocks around the smallest normal number
+        normal * 2.0**-140,  # only subnormal numbers
+        np.zeros_like(normal),
+        np.where(normal > 0, 0.0, -0.0),
+        np.sign(normal) * largest,  # all largest: the clamp, and the largest exponent
+        np.full_like(normal, 2.0**-149),  # all smallest
+        np.sign(normal) * np.exp2(rng.integers(-126, 127, (n_rows, head_dim))),
+        np.where(rng.random((n_rows, head_dim)) < 0.1, normal, 0.0),
+        np.broadcast_to(normal[:, :1], normal.shape),
+    ]
+    choice = rng.integers(0, len(kinds), n_rows)
+    return np.stack([kinds[kind][row] for row, kind in enumerate(choice)]).astype(np.float32)
+
+
+def new_cache(type_name, head_dim, block_size, n_kv_heads, n_slots, fill=0):
+    """A Cache over aligned memory whose bytes are all `fill`, and that memory as uint8 [tiles, heads, tile bytes]."""
+    one_tile = native.tile_bytes(type_name, head_dim, block_size)
+    n_tiles = -(-n_slots // reference.TILE_TOKENS)
+    memory = native.aligned_buffer(n_tiles * n_kv_heads * one_tile)
+    memory[:] = fill
+    cache = native.Cache(type_name, head_dim, block_size, n_kv_heads, n_slots, memory)
+    return cache, memory.reshape(n_tiles, n_kv_heads, one_tile)
+
+
+def rope_for(rng, n_kv_heads, head_dim, n_rot, row_order, n_tokens, folded=True) -> tuple[np.ndarray, dict]:
+    """The order [n_kv_heads, head_dim] (random a head, if folded), and rope, cos, sin for it as the calls take them."""
+    stock = stock_tables(head_dim, n_rot, row_order)
+    heads = np.tile(np.arange(head_dim), (n_kv_heads, 1))
+    order = rng.permuted(heads, axis=1) if folded else heads
+    tables = folded_tables(stock, order)
+    angles = rng.uniform(-np.pi, np.pi, (n_tokens, max(1, n_rot // 2)))
+    waves = {"cos": np.cos(angles).astype(np.float32), "sin": np.sin(angles).astype(np.float32)}
+    return order, {"rope": tables, **waves}
+
+
+def rotated(x: np.ndarray, rope: RopeTables, cos, sin) -> np.ndarray:
+    """x [T, heads, d] after RoPE by the reference; query heads use their KV head's tables."""
+    repeat = x.shape[1] // len(rope.partner)
+    partner, sign, frequency = (np.repeat(t, repeat, axis=0) for t in (rope.partner, rope.sign, rope.frequency))
+    return reference.rope(x, partner, sign, frequency, cos, sin)
+
+
+@functools.cache
+def dmx_format():
+    """The module dmx.compressor.numerical.format of dmx-compressor, without its parent packages.
+
+    Those import an old transformers; the format module alone needs only torch, parse and bidict. Skips the test if the
+    package is not installed.
+    """
+    root = importlib.util.find_spec("dmx")
+    if root is None:
+        pytest.skip("needs: pip install --no-deps dmx-compressor==0.1.11 parse bidict")
+    folder = next(iter(root.submodule_search_locations))
+    for name in ("dmx", "dmx.compressor", "dmx.compressor.numerical"):
+        stub = types.ModuleType(name)
+        stub.__path__ = [folder + name.removeprefix("dmx").replace(".", "/")]
+        sys.modules[name] = stub
+    return importlib.import_module("dmx.compressor.numerical.format")
+
+
+def dmx_cast(x: np.ndarray, mantissa_bits: int, block_size: int) -> np.ndarray:
+    """float32 x [n, d] cast by d-Matrix's BFP[m|8]{n}(SN) along the last axis."""
+    import torch
+
+    cast = dmx_format().Format.from_shorthand(f"BFP[{mantissa_bits}|8]{{{block_size}}}(SN)")
+    return cast.cast(torch.from_numpy(x), -1).numpy()
+
+
+def dmx_is_exact(x: np.ndarray, mantissa_bits: int, block_size: int) -> np.ndarray:
+    """bool [n, d]: where d-Matrix's cast is a right answer.
+
+    It adds 6 * 2^e to x in float32 and rounds the sum. The addition errs by up to 2^(e - 22), that is 2^(m - 24) steps,
+    so inputs that close to a tie, exact ties aside, are rounded twice; and 6 * 2^e overflows from a block maximum of
+    2^126 on. Subnormal maxima give it no exponent.
+    """
+    exact = np.empty(x.shape, bool)
+    for start in range(0, x.shape[1], block_size):
+        block = np.abs(x[:, start : start + block_size]).astype(np.float64)
+        largest = block.max(axis=1, keepdims=True)
+        quotient = np.ldexp(block, mantissa_bits - 2 - (np.frexp(largest)[1] - 1))
+        from_tie = np.abs(quotient - np.floor(quotient) - 0.5)
+        near_tie = (from_tie > 0) & (from_tie <= 2.0 ** (mantissa_bits - 24))
+        exact[:, start : start + block_size] = ~near_tie & (largest >= 2.0**-126) & (largest < 2.0**126)
+        exact[:, start : start + block_size] |= largest == 0
+    return exact
+
+
+def token_of_byte(type_name: str, head_dim: int, block_size: int) -> np.ndarray:
+    """int [tile bytes]: the token (0..63) that each byte of a tile belongs to, from FORMAT.md's byte formulas."""
+    n_bytes = native.tile_bytes(type_name, head_dim, block_size)
+    place = np.arange(n_bytes)
+    if type_name in FLOAT_TYPES:
+        return place // (head_dim * reference.FLOAT_BYTES[type_name])
+    n_blocks = -(-head_dim // block_size)
+    strip_bytes = (n_bytes - 64 * n_blocks) // 4
+    in_strip = place // strip_bytes * 16 + place % strip_bytes // 4 % 16
+    return np.where(place < 4 * strip_bytes, in_strip, (place - 4 * strip_bytes) % 64)
+
+
+UNIT = 2.0**-24  # relative rounding error of one float32 operation
+EXP_ERROR = 2.0**-23  # relative error that a kernel's exp may have
+
+
+def attend_bound(k, v, q, first_slot: int, scale: float, window: int = 0) -> np.ndarray:
+    """How far ksort_attend may be from reference.attend of the same arrays: float64 [n_queries, n_heads, 1].
+
+    To first order, for a query that sees T slots, with A = max_t |scale| sum_c |q_c k_tc| and V = max |v|:
+    - a score is d products and sums, and at most 8 more factors (block exponents, scale): error (d + 8) u A;
+    - exp(s - m): the difference errs by 2 u A, exp itself by EXP_ERROR;
+    - the running maximum m may rise with every tile of 64 tokens and every split joined. Whatever m was, it cancels;
+      each rescaling errs by EXP_ERROR + 2 u, and their arguments, which sum up to at most 2 A, by 2 u A.
+    So a weight errs by eta = (d + 12) u A + (T / 32 + 8) (EXP_ERROR + 2 u), relatively, in numerator and denominator
+    alike; sums of T terms add (T + 8) u to each: the quotient errs by 2 V (eta + (T + 8) u). 1.1 covers higher orders.
+    """
+    n_queries, n_heads, head_dim = q.shape
+    group = n_heads // k.shape[1]
+    bound = np.empty((n_queries, n_heads, 1))
+    for i in range(n_queries):
+        end = first_slot + i + 1
+        seen = slice(max(0, end - window) if window else 0, end)
+        n_seen = seen.stop - seen.start
+        for g in range(n_heads):
+            largest_score = abs(scale) * (np.abs(k[seen, g // group], dtype=float) @ np.abs(q[i, g], dtype=float)).max()
+            weight_error = (head_dim + 12) * UNIT * largest_score + (n_seen / 32 + 8) * (EXP_ERROR + 2 * UNIT)
+            bound[i, g] = 2.2 * np.abs(v[seen, g // group]).max() * (weight_error + (n_seen + 8) * UNIT)
+    return bound

@@ -1,0 +1,310 @@
+"""Bad arguments: each status of ksort.h, from each call that can return it, and nothing written then."""
+
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+from native_support import new_cache, rope_for
+
+from ksort_gguf import native
+
+BINDING = native._binding()
+FFI, LIB = BINDING.ffi, BINDING.lib
+N_HEADS, N_KV_HEADS, HEAD_DIM, N_SLOTS = 4, 2, 36, 100  # 36: padded words, 3 blocks of 16
+
+
+class Calls:
+    """Valid structs for every call, to be damaged one field at a time. All output bytes start as 0xA5."""
+
+    def __init__(self):
+        rng = np.random.default_rng(1)
+        self.k_cache, self.k_tiles = new_cache("bfp12", HEAD_DIM, 16, N_KV_HEADS, N_SLOTS, fill=0xA5)
+        self.v_cache, self.v_tiles = new_cache("f16", HEAD_DIM, 16, N_KV_HEADS, N_SLOTS)
+        self.k, self.v = self.k_cache.struct, self.v_cache.struct
+        _, rope = rope_for(rng, N_KV_HEADS, HEAD_DIM, 8, "half", 2)
+        self.rope_arrays = native._Rope(BINDING, rope["rope"], (N_KV_HEADS, HEAD_DIM))
+        self.rope = self.rope_arrays.with_waves(rope["cos"], rope["sin"], 2).pointer
+        self.x = rng.standard_normal((2, N_HEADS, HEAD_DIM)).astype(np.float32)
+        self.out = np.full((2, N_HEADS, HEAD_DIM), -7, np.float32)
+        self.pack = BINDING.new("ksort_pack_args")
+        self.pack.cache, self.pack.rope, self.pack.x = self.k, self.rope, BINDING.array("float *", self.x)
+        self.pack.x_token_stride, self.pack.first_slot, self.pack.n_tokens = N_HEADS * HEAD_DIM, 3, 2
+        self.attend = attend = BINDING.new("ksort_attend_args")
+        attend.k, attend.v, attend.rope = self.k, self.v, self.rope
+        attend.q, attend.out = BINDING.array("float *", self.x), BINDING.array("float *", self.out)
+        attend.q_token_stride = attend.out_token_stride = N_HEADS * HEAD_DIM
+        attend.first_slot, attend.n_queries, attend.n_heads, attend.scale = 3, 2, N_HEADS, 0.2
+        attend.query_type = LIB.KSORT_BFP16
+        n_bytes = FFI.new("size_t *")
+        assert LIB.ksort_attend_workspace_bytes(attend, 2, n_bytes) == LIB.KSORT_OK
+        self.workspace = native.aligned_buffer(n_bytes[0])
+        attend.workspace, attend.workspace_bytes = BINDING.array("void *", self.workspace), n_bytes[0]
+
+    def run_pack(self) -> int:
+        return LIB.ksort_pack(self.pack, 1, 2)
+
+    def run_attend(self) -> int:
+        return LIB.ksort_attend(self.attend, 1, 2)
+
+    def run_merge(self) -> int:
+        return LIB.ksort_attend_merge(self.attend, 1, 2)
+
+    def run_workspace_bytes(self) -> int:
+        return LIB.ksort_attend_workspace_bytes(self.attend, 2, FFI.new("size_t *"))
+
+    def run_unpack(self) -> int:
+        return LIB.ksort_unpack(self.k, 3, 2, BINDING.array("float *", self.out))
+
+    def run_tile_bytes(self) -> int:
+        return LIB.ksort_tile_bytes(FFI.addressof(self.k, "format"), FFI.new("size_t *"))
+
+
+# Each line: the struct and field to damage, its bad value, the status it is, and the calls that must return that.
+CACHE_CALLS = ("pack", "attend", "merge", "workspace_bytes", "unpack")
+FORMAT_CALLS = (*CACHE_CALLS, "tile_bytes")
+MEMORY_CALLS = ("pack", "attend", "merge", "unpack")  # workspace_bytes looks at no pointer to data
+ATTEND_CALLS = ("attend", "merge", "workspace_bytes")
+BAD_FIELDS = [
+    ("k.format.struct_size", 3, "STRUCT_SIZE", FORMAT_CALLS),
+    ("k.format.type", 6, "TYPE", FORMAT_CALLS),
+    ("k.format.type", 2**32 - 1, "TYPE", FORMAT_CALLS),
+    ("k.format.head_dim", 0, "HEAD_DIM", FORMAT_CALLS),
+    ("k.format.head_dim", 31, "HEAD_DIM", FORMAT_CALLS),
+    ("k.format.head_dim", 258, "HEAD_DIM", FORMAT_CALLS),
+    ("k.format.head_dim", 2**32 - 2, "HEAD_DIM", FORMAT_CALLS),
+    ("k.format.block_size", 0, "BLOCK_SIZE", FORMAT_CALLS),
+    ("k.format.block_size", 7, "BLOCK_SIZE", FORMAT_CALLS),
+    ("k.format.block_size", 64, "BLOCK_SIZE", FORMAT_CALLS),
+    ("k.format.block_size", 256, "BLOCK_SIZE", FORMAT_CALLS),
+    ("k.struct_size", 0, "STRUCT_SIZE", CACHE_CALLS),
+    ("k.base", None, "ARGUMENT", MEMORY_CALLS),
+    ("k.base", "misaligned", "ALIGNMENT", MEMORY_CALLS),
+    ("k.tile_stride", 1000, "ALIGNMENT", CACHE_CALLS),
+    ("k.head_stride", 1, "ALIGNMENT", CACHE_CALLS),
+    ("k.n_kv_heads", 0, "ARGUMENT", CACHE_CALLS),
+    ("k.tile_stride", 2**63, "ARGUMENT", CACHE_CALLS),
+    ("k.tile_stride", 0, "ARGUMENT", CACHE_CALLS),
+    ("k.head_stride", 64, "ARGUMENT", CACHE_CALLS),
+    ("k.n_slots", 4, "ARGUMENT", CACHE_CALLS),
+    ("k.n_slots", 0, "ARGUMENT", CACHE_CALLS),
+    ("rope.struct_size", 1, "STRUCT_SIZE", ("pack", "attend")),
+    ("rope.n_frequencies", 0, "ARGUMENT", ("pack", "attend")),
+    ("rope.n_frequencies", 1, "ROPE", ("pack", "attend")),
+    ("rope.partner", None, "ARGUMENT", ("pack", "attend")),
+    ("rope.sign", None, "ARGUMENT", ("pack", "attend")),
+    ("rope.frequency", None, "ARGUMENT", ("pack", "attend")),
+    ("rope.cos", None, "ARGUMENT", ("pack", "attend")),
+    ("rope.sin", None, "ARGUMENT", ("pack", "attend")),
+    ("pack.struct_size", 8, "STRUCT_SIZE", ("pack",)),
+    ("pack.cache", None, "ARGUMENT", ("pack",)),
+    ("pack.x", None, "ARGUMENT", ("pack",)),
+    ("pack.x_token_stride", N_KV_HEADS * HEAD_DIM - 1, "ARGUMENT", ("pack",)),
+    ("pack.x_token_stride", 2**64 - 4, "ARGUMENT", ("pack",)),
+    ("pack.x_token_stride", 2**62 - 1, "ARGUMENT", ("pack",)),
+    ("pack.n_tokens", 0, "ARGUMENT", ("pack",)),
+    ("pack.n_tokens", N_SLOTS - 2, "ARGUMENT", ("pack",)),
+    ("pack.first_slot", N_SLOTS - 1, "ARGUMENT", ("pack",)),
+    ("pack.first_slot", 2**64 - 1, "ARGUMENT", ("pack",)),
+    ("attend.struct_size", 8, "STRUCT_SIZE", ATTEND_CALLS),
+    ("attend.k", None, "ARGUMENT", ATTEND_CALLS),
+    ("attend.v", None, "ARGUMENT", ATTEND_CALLS),
+    ("attend.q", None, "ARGUMENT", ("attend",)),
+    ("attend.out", None, "ARGUMENT", ("attend", "merge")),
+    ("attend.q_token_stride", N_HEADS * HEAD_DIM - 1, "ARGUMENT", ("attend",)),
+    ("attend.q_token_stride", 2**62 - 1, "ARGUMENT", ("attend",)),
+    ("attend.out_token_stride", 2**64 - 4, "ARGUMENT", ("attend", "merge")),
+    ("attend.out_token_stride", N_HEADS * HEAD_DIM - 1, "ARGUMENT", ("attend", "merge")),
+    ("attend.n_queries", 0, "ARGUMENT", ATTEND_CALLS),
+    ("attend.first_slot", N_SLOTS - 1, "ARGUMENT", ATTEND_CALLS),
+    ("attend.first_slot", 2**64 - 1, "ARGUMENT", ATTEND_CALLS),
+    ("attend.n_heads", 0, "ARGUMENT", ATTEND_CALLS),
+    ("attend.n_heads", 3, "HEADS", ATTEND_CALLS),
+    ("attend.query_type", 5, "TYPE", ATTEND_CALLS),
+    ("attend.query_type", 1, "TYPE", ATTEND_CALLS),
+    ("attend.scale", float("nan"), "ARGUMENT", ATTEND_CALLS),
+    ("attend.workspace", None, "ARGUMENT", ("attend", "merge")),
+    ("attend.workspace", "misaligned", "ALIGNMENT", ("attend", "merge")),
+    ("attend.workspace_bytes", "one less", "WORKSPACE", ("attend", "merge")),
+    ("v.format.type", 5, "TYPE", ATTEND_CALLS),
+    ("v.format.head_dim", 30, "HEAD_DIM", ATTEND_CALLS),
+    ("v.n_kv_heads", 1, "HEADS", ATTEND_CALLS),
+    ("v.n_slots", 4, "ARGUMENT", ATTEND_CALLS),
+]
+CASES = [(field, value, status, call) for field, value, status, calls in BAD_FIELDS for call in calls]
+
+
+def damage(calls: Calls, field: str, value) -> None:
+    """Set a struct's field, written "struct.field", to a bad value."""
+    struct, *inner, name = field.split(".")
+    owner = getattr(calls, struct)
+    for part in inner:
+        owner = getattr(owner, part)
+    if value is None:
+        value = FFI.NULL
+    elif value == "misaligned":
+        value = FFI.cast("char *", getattr(owner, name)) + 16
+    elif value == "one less":
+        value = getattr(owner, name) - 1
+    setattr(owner, name, value)
+
+
+def test_valid_calls_succeed():
+    """Catches a table of bad fields whose base case is already refused, which would prove nothing."""
+    calls = Calls()
+    for name in (*FORMAT_CALLS, "merge"):
+        assert getattr(calls, f"run_{name}")() == LIB.KSORT_OK, name
+
+
+@pytest.mark.parametrize(("field", "value", "status", "call"), CASES)
+def test_bad_field(field, value, status, call):
+    """Catches a missing check: the named status, and neither cache nor output changed."""
+    calls = Calls()
+    damage(calls, field, value)
+    assert getattr(calls, f"run_{call}")() == getattr(LIB, f"KSORT_ERR_{status}")
+    assert (calls.k_tiles == 0xA5).all()
+    assert (calls.out == -7).all()
+
+
+@pytest.mark.parametrize(("table", "value"), [
+    ("partner", HEAD_DIM), ("partner", 65535), ("partner", "itself"), ("sign", 2), ("sign", -128),
+    ("frequency", 4), ("frequency", 65535),
+])  # fmt: skip
+def test_bad_rope_tables(table, value):
+    """Catches a table entry that would read out of bounds, or turn a channel with one that is not its partner."""
+    for call in ("pack", "attend"):
+        calls = Calls()
+        sign = np.frombuffer(FFI.buffer(calls.rope.sign, HEAD_DIM), np.int8)
+        channel = int(np.flatnonzero(sign)[3])
+        getattr(calls.rope, table)[channel] = channel if value == "itself" else value
+        assert getattr(calls, f"run_{call}")() == LIB.KSORT_ERR_ROPE
+        assert (calls.k_tiles == 0xA5).all()
+
+
+@pytest.mark.parametrize("mutation", ["same signs", "one-sided", "partner not rotated"])
+def test_partners_must_pair_up(mutation):
+    """Catches tables whose entries are in range but do not describe rotations of pairs."""
+    for call in ("pack", "attend"):
+        calls = Calls()
+        sign = np.frombuffer(FFI.buffer(calls.rope.sign, HEAD_DIM), np.int8)
+        first, other = (int(c) for c in np.flatnonzero(sign)[:2])
+        if mutation == "same signs":
+            calls.rope.sign[calls.rope.partner[first]] = calls.rope.sign[first]
+        elif mutation == "one-sided":
+            calls.rope.partner[first] = next(
+                int(c) for c in np.flatnonzero(sign) if c not in (first, calls.rope.partner[first])
+            )
+        else:
+            calls.rope.sign[calls.rope.partner[other]] = 0
+        assert getattr(calls, f"run_{call}")() == LIB.KSORT_ERR_ROPE
+
+
+@pytest.mark.parametrize("call", ["ksort_pack", "ksort_attend", "ksort_attend_merge"])
+def test_parts_out_of_range(call):
+    """Catches parts that do not exist doing work."""
+    calls = Calls()
+    args = calls.pack if call == "ksort_pack" else calls.attend
+    for ith, nth in ((0, 0), (2, 2), (2**32 - 1, 2)):
+        assert getattr(LIB, call)(args, ith, nth) == LIB.KSORT_ERR_ARGUMENT
+
+
+def test_null_arguments():
+    """Catches a null pointer that is followed."""
+    calls, null = Calls(), FFI.NULL
+    n_bytes = FFI.new("size_t *")
+    out = BINDING.array("float *", calls.out)
+    for status in (
+        LIB.ksort_pack(null, 0, 1),
+        LIB.ksort_attend(null, 0, 1),
+        LIB.ksort_attend_merge(null, 0, 1),
+        LIB.ksort_attend_workspace_bytes(null, 1, n_bytes),
+        LIB.ksort_attend_workspace_bytes(calls.attend, 1, null),
+        LIB.ksort_attend_workspace_bytes(calls.attend, 0, n_bytes),
+        LIB.ksort_unpack(null, 0, 1, out),
+        LIB.ksort_unpack(calls.k, 0, 1, null),
+        LIB.ksort_unpack(calls.k, 0, 0, out),
+        LIB.ksort_unpack(calls.k, N_SLOTS, 1, out),
+        LIB.ksort_unpack(calls.k, 2**64 - 1, 2, out),
+        LIB.ksort_tile_bytes(null, n_bytes),
+        LIB.ksort_tile_bytes(FFI.addressof(calls.k, "format"), null),
+        LIB.ksort_pool_create(0, FFI.new("ksort_pool **")),
+        LIB.ksort_pool_create(1, null),
+        LIB.ksort_pool_step(null, calls.pack, null, null),
+    ):
+        assert status == LIB.KSORT_ERR_ARGUMENT
+    LIB.ksort_pool_destroy(null)
+
+
+def test_non_finite_query_leaves_out_alone(level):
+    """Catches a part that answers its own rows although another part's query is NaN."""
+    for bad in range(2 * N_HEADS):
+        calls = Calls()
+        assert LIB.ksort_pack(calls.pack, 0, 1) == LIB.KSORT_OK
+        calls.x[bad // N_HEADS, bad % N_HEADS, -1] = np.nan
+        for ith in range(2):
+            assert LIB.ksort_attend(calls.attend, ith, 2) == LIB.KSORT_ERR_NON_FINITE
+        assert (calls.out == -7).all()
+
+
+def test_workspace_is_bounded():
+    """Catches a workspace that grows with the prompt, which an embedder could not plan for."""
+    calls, sizes = Calls(), []
+    calls.k.n_slots = calls.v.n_slots = 2**20
+    calls.attend.first_slot = 0
+    for n_queries in (1, 64, 4096, 2**19):
+        calls.attend.n_queries = n_queries
+        n_bytes = FFI.new("size_t *")
+        assert LIB.ksort_attend_workspace_bytes(calls.attend, 4, n_bytes) == LIB.KSORT_OK
+        sizes.append(n_bytes[0])
+    assert sizes[-1] == sizes[-2]
+
+
+@pytest.mark.parametrize("n_queries", [1, 2])
+@pytest.mark.parametrize("query_type", [LIB.KSORT_F32, LIB.KSORT_BFP16])
+def test_workspace_contents_do_not_matter(level, n_queries, query_type):
+    """Catches accumulators, states or query padding that are only right in zeroed memory."""
+    outs = []
+    for fill in (0, 0xFF):
+        calls = Calls()
+        calls.attend.n_queries, calls.attend.query_type = n_queries, query_type
+        calls.k_tiles[..., :-192], calls.k_tiles[..., -192:] = 0x12, 127  # small mantissas, then exponents of 2^0
+        calls.v_tiles[:] = 0x3C  # about 1
+        calls.workspace[:] = fill
+        for call in (LIB.ksort_attend, LIB.ksort_attend_merge):
+            for ith in (1, 0):
+                assert call(calls.attend, ith, 2) == LIB.KSORT_OK
+        outs.append(calls.out)
+    assert np.isfinite(outs[0]).all()
+    assert outs[0].tobytes() == outs[1].tobytes()
+
+
+def test_kernel_levels():
+    """Catches an unknown level accepted, or the level in use lost by a refused choice."""
+    before = native.kernels()
+    assert before in native.LEVELS
+    assert LIB.ksort_select_kernels(b"sse9") == LIB.KSORT_ERR_KERNELS
+    assert native.kernels() == before
+    native.select_kernels("scalar")
+    assert native.kernels() == "scalar"
+    native.select_kernels(None)
+    assert native.kernels() == before
+
+
+def test_every_status_has_its_text():
+    """Catches a status added without a text, or two with the same."""
+    texts = [FFI.string(LIB.ksort_status_text(code)) for code in range(14)]
+    assert len(set(texts)) == 14
+    assert FFI.string(LIB.ksort_status_text(14)) == b"unknown status"
+    assert all(texts)
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm (binutils)")
+def test_only_the_abi_is_exported():
+    """Catches internal functions that leak from the library and clash with an embedder's."""
+    listed = subprocess.run(
+        ["nm", "-gPD", "--defined-only", native._library_path()], check=True, capture_output=True, text=True
+    ).stdout
+    exported = {line.split()[0] for line in listed.splitlines() if line.split()[1] in "TDBR"}
+    header = native._header_path().read_text()
+    assert exported == set(re.findall(r"^\w.*?\b(ksort_\w+)\(", header, flags=re.MULTILINE))
