@@ -9,6 +9,7 @@ import functools
 import os
 import re
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ ALIGNMENT = 64  # bytes; KSORT_ALIGNMENT
 LEVELS = ("scalar", "avx2", "avx512bw", "avx512", "neon")  # lowest first
 
 _PACKAGE = Path(__file__).resolve().parent
+_SOURCE_HEADER = _PACKAGE.parent / "native" / "include" / "ksort.h"
 _FLOAT_BYTES = 4
 
 
@@ -85,21 +87,33 @@ _binding = functools.cache(_Binding)
 def _library_path() -> Path:
     """The library's file: KSORT_LIBRARY, or the installed one. Raises KsortError if it does not exist."""
     override = os.environ.get(LIBRARY_VARIABLE)
-    suffix = "dylib" if sys.platform == "darwin" else "so"
-    path = Path(override) if override else _PACKAGE / "lib" / f"libksort.{suffix}"
-    if path.is_file():
-        return path
     if override:
+        if Path(override).is_file():
+            return Path(override)
         raise KsortError(f"{LIBRARY_VARIABLE}={override}: no such file: unset it, or give the path of a libksort build")
-    raise KsortError(f"{path}: native library missing: install the package with `pip install .` (needs a C compiler)")
+    name = f"lib/libksort.{'dylib' if sys.platform == 'darwin' else 'so'}"
+    for folder in _package_folders():
+        if (folder / name).is_file():
+            return folder / name
+    raise KsortError(
+        f"{_PACKAGE / name}: native library missing: install the package with `pip install .` (needs a C compiler)"
+    )
 
 
 def _header_path() -> Path:
-    """ksort.h beside the package, or, running from a source tree, in native/include."""
-    for path in (_PACKAGE / "include" / "ksort.h", _PACKAGE.parent / "native" / "include" / "ksort.h"):
+    """ksort.h of the package, or, running from a source tree, in native/include."""
+    for path in (*(folder / "include" / "ksort.h" for folder in _package_folders()), _SOURCE_HEADER):
         if path.is_file():
             return path
     raise KsortError(f"{_PACKAGE}/include/ksort.h: the native header is missing: reinstall ksort-gguf")
+
+
+def _package_folders() -> list[Path]:
+    """This package's folder, and where it is installed: another one when Python runs in a source tree."""
+    try:
+        return [_PACKAGE, Path(metadata.distribution("ksort-gguf").locate_file("ksort_gguf"))]
+    except metadata.PackageNotFoundError:
+        return [_PACKAGE]
 
 
 def _declarations(header: str) -> str:

@@ -23,7 +23,7 @@ def test_missing_override(monkeypatch, tmp_path):
 def test_missing_library_says_how_to_install(monkeypatch, tmp_path):
     """Catches a bare OSError from an installation without the compiled library."""
     monkeypatch.delenv(native.LIBRARY_VARIABLE, raising=False)
-    monkeypatch.setattr(native, "_PACKAGE", tmp_path)
+    monkeypatch.setattr(native, "_package_folders", lambda: [tmp_path])
     with pytest.raises(KsortError, match="pip install"):
         native._Binding()
 
