@@ -54,18 +54,14 @@ def _measure(caches) -> None:
     from ksort_gguf.runtime import perplexity as protocol
     from ksort_gguf.runtime.kld import Base, BaseWriter
 
-    tokens = caches[0][1].tokenizer.encode(_prose(), parse_special=False)[: _N_CHUNKS * _N_CTX]
+    tokens = caches[0][1].tokenizer.encode(prose(), parse_special=False)[: _N_CHUNKS * _N_CTX]
     print(f"Python's own documentation, {_N_CHUNKS} chunks of {_N_CTX} tokens:\n")
     print(f"{'key cache':<20}{'PPL':>9}{'mean KLD':>11}{'bits a value':>14}{'K bytes at ' + str(_N_CTX):>16}")
     with tempfile.TemporaryDirectory() as folder:
         base_path = Path(folder) / "base"
         for label, loaded, k_type in caches:
             sequence = loaded.model.start(loaded.cache_options(k_type), _N_CTX)
-
-            def forward(ids, first_logit, sequence=sequence):
-                sequence.cache.truncate(0)
-                return sequence.forward(ids, n_logits=len(ids) - first_logit)
-
+            forward = protocol.forward_of(sequence)
             if base_path.exists():
                 with Base(base_path, loaded.model.n_vocab) as base:
                     statistics = protocol.kl_divergence(forward, base)
@@ -83,7 +79,7 @@ def _bits(cache) -> float:
     return cache.k_bytes() * 8 / (cache.n_tokens * g.n_layers * g.n_kv_heads * g.head_dim)
 
 
-def _prose() -> str:
+def prose() -> str:
     """English text that every CPython carries."""
     from pydoc_data.topics import topics
 

@@ -42,17 +42,6 @@ def run(args: argparse.Namespace) -> None:
         _score(args, loaded, bos_id)
 
 
-def _forward(args: argparse.Namespace, loaded, n_ctx: int):
-    """The model as perplexity.py wants it: each call a sequence of its own, in one cache."""
-    sequence = loaded.model.start(cache_options(args, loaded), n_ctx)
-
-    def forward(tokens, first_logit):
-        sequence.cache.truncate(0)
-        return sequence.forward(tokens, n_logits=len(tokens) - first_logit)
-
-    return sequence.cache, forward
-
-
 def _score(args: argparse.Namespace, loaded, bos_id: int | None) -> None:
     from ksort_gguf.runtime import perplexity as protocol
     from ksort_gguf.runtime.kld import BaseWriter
@@ -60,14 +49,14 @@ def _score(args: argparse.Namespace, loaded, bos_id: int | None) -> None:
     n_ctx = loaded.context(args.ctx_size)
     tokens = protocol.tokenize_file(args.file, loaded.tokenizer)
     n_chunks = protocol.count_chunks(len(tokens), n_ctx, args.chunks)
-    cache, forward = _forward(args, loaded, n_ctx)
-    _announce(cache, n_chunks, n_ctx)
+    sequence = loaded.model.start(cache_options(args, loaded), n_ctx)
+    _announce(sequence.cache, n_chunks)
     writer = nullcontext()
     if args.kl_divergence_base is not None:
         writer = BaseWriter(args.kl_divergence_base, n_ctx, loaded.model.n_vocab, tokens[: n_chunks * n_ctx])
     with writer as base_writer:
         result = protocol.perplexity(
-            forward,
+            protocol.forward_of(sequence),
             tokens,
             n_ctx,
             n_chunks,
@@ -84,17 +73,20 @@ def _compare(args: argparse.Namespace, loaded, bos_id: int | None) -> None:
     from ksort_gguf.runtime.kld_statistics import HEADER
 
     with Base(args.kl_divergence_base, loaded.model.n_vocab) as base:
-        cache, forward = _forward(args, loaded, base.n_ctx)
-        _announce(cache, base.n_chunks, base.n_ctx)
+        sequence = loaded.model.start(cache_options(args, loaded), base.n_ctx)
+        _announce(sequence.cache, base.n_chunks)
         print(HEADER)
         statistics = protocol.kl_divergence(
-            forward, base, bos_id, on_chunk=lambda n, statistics: print(statistics.chunk_line(n), flush=True)
+            protocol.forward_of(sequence),
+            base,
+            bos_id,
+            on_chunk=lambda n, statistics: print(statistics.chunk_line(n), flush=True),
         )
     print("\n" + statistics.report())
 
 
-def _announce(cache, n_chunks: int, n_ctx: int) -> None:
+def _announce(cache, n_chunks: int) -> None:
     o = cache.options
     blocks = f" in blocks of {o.block_size}" if CACHE_TYPES[o.k_type].is_bfp else ""
     types = f"K {o.k_type}{blocks}, V {o.v_type}, queries {o.query_type}"
-    print(f"{n_chunks} chunks of {n_ctx} tokens, {types}", file=sys.stderr)
+    print(f"{n_chunks} chunks of {cache.n_ctx} tokens, {types}", file=sys.stderr)

@@ -14,6 +14,7 @@ import torch
 from ksort_gguf.errors import KsortError
 from ksort_gguf.runtime.kld import Base, BaseWriter, first_scored, log_sum_exp, n_scored
 from ksort_gguf.runtime.kld_statistics import KldStatistics
+from ksort_gguf.runtime.model import Sequence as ModelSequence
 from ksort_gguf.runtime.tokenizer import Tokenizer, read_text
 
 # forward(tokens, first_logit): logits at positions first_logit .. len(tokens) - 1 of a sequence that begins with
@@ -50,6 +51,16 @@ class Perplexity:
     def final(self) -> str:
         """The closing line."""
         return f"Final estimate: PPL = {self.ppl:.4f} +/- {self.error:.5f}"
+
+
+def forward_of(sequence: ModelSequence) -> Forward:
+    """A model's sequence as this protocol wants it: each call starts anew, in the same cache."""
+
+    def forward(tokens: list[int], first_logit: int) -> torch.Tensor:
+        sequence.cache.truncate(0)
+        return sequence.forward(tokens, n_logits=len(tokens) - first_logit)
+
+    return forward
 
 
 def tokenize_file(path: str | Path, tokenizer: Tokenizer) -> list[int]:

@@ -36,7 +36,7 @@ def test_stock_tables_turn_pairs(rng, head_dim, n_rot, row_order):
 @pytest.mark.parametrize("head_dim, n_rot", SHAPES)
 @pytest.mark.parametrize("row_order", ["half", "interleaved"])
 def test_reordering_commutes_with_rope(rng, head_dim, n_rot, row_order):
-    """Would catch an order used where its inverse is due: turning then reordering must equal reordering then turning."""
+    """Would catch an order used where its inverse is due: turning and reordering must commute."""
     stock = stock_tables(head_dim, n_rot, row_order)
     order = np.stack([rng.permutation(head_dim) for _ in range(3)])
     folded = folded_tables(stock, order)
