@@ -1,31 +1,25 @@
 """libksort through cffi (ABI mode): loading, statuses into exceptions, and the runner's one call a layer.
 
-The only file that knows cffi. Declarations come from the installed ksort.h itself, so they exist once; what each field
-means, its shape and its unit are said there. cffi keeps no Python objects alive: every object here holds what its C
-structs point to.
+The only file that knows cffi. Declarations come from ksort.h itself (native_files.py finds it), so they exist once;
+what each field means, its shape and its unit are said there. cffi keeps no Python objects alive: every object here
+holds what its C structs point to.
 """
 
 import functools
 import os
-import re
-import sys
-from importlib import metadata
-from pathlib import Path
 
 import numpy as np
 from cffi import FFI
 
+from ksort_gguf import native_files
 from ksort_gguf.cache_types import CACHE_TYPES
 from ksort_gguf.errors import KsortError
 from ksort_gguf.families.rope import RopeTables
 
-LIBRARY_VARIABLE = "KSORT_LIBRARY"  # path of another build of the library, such as one with sanitizers
 KERNELS_VARIABLE = "KSORT_KERNELS"  # read by the library itself
 ALIGNMENT = 64  # bytes; KSORT_ALIGNMENT
-LEVELS = ("scalar", "avx2", "avx512bw", "avx512", "neon")  # lowest first
+LEVELS = ("scalar", "avx2", "avx512bw", "avx512")  # lowest first
 
-_PACKAGE = Path(__file__).resolve().parent
-_SOURCE_HEADER = _PACKAGE.parent / "native" / "include" / "ksort.h"
 _FLOAT_BYTES = 4
 
 
@@ -33,9 +27,9 @@ class _Binding:
     """The loaded library: `ffi`, `lib`, and the types that hot calls cast to."""
 
     def __init__(self):
-        library, header = _library_path(), _header_path()
+        library, header = native_files.library_path(), native_files.header_path()
         self.ffi = FFI()
-        self.ffi.cdef(_declarations(header.read_text(encoding="utf-8")))
+        self.ffi.cdef(native_files.declarations(header.read_text(encoding="utf-8")))
         try:
             self.lib = self.ffi.dlopen(str(library))
             built, expected = self.lib.ksort_abi_version(), self.lib.KSORT_ABI_VERSION
@@ -82,45 +76,6 @@ class _Binding:
 
 
 _binding = functools.cache(_Binding)
-
-
-def _library_path() -> Path:
-    """The library's file: KSORT_LIBRARY, or the installed one. Raises KsortError if it does not exist."""
-    override = os.environ.get(LIBRARY_VARIABLE)
-    if override:
-        if Path(override).is_file():
-            return Path(override)
-        raise KsortError(f"{LIBRARY_VARIABLE}={override}: no such file: unset it, or give the path of a libksort build")
-    name = f"lib/libksort.{'dylib' if sys.platform == 'darwin' else 'so'}"
-    for folder in _package_folders():
-        if (folder / name).is_file():
-            return folder / name
-    raise KsortError(
-        f"{_PACKAGE / name}: native library missing: install the package with `pip install .` (needs a C compiler)"
-    )
-
-
-def _header_path() -> Path:
-    """ksort.h of the package, or, running from a source tree, in native/include."""
-    for path in (*(folder / "include" / "ksort.h" for folder in _package_folders()), _SOURCE_HEADER):
-        if path.is_file():
-            return path
-    raise KsortError(f"{_PACKAGE}/include/ksort.h: the native header is missing: reinstall ksort-gguf")
-
-
-def _package_folders() -> list[Path]:
-    """This package's folder, and where it is installed: another one when Python runs in a source tree."""
-    try:
-        return [_PACKAGE, Path(metadata.distribution("ksort-gguf").locate_file("ksort_gguf"))]
-    except metadata.PackageNotFoundError:
-        return [_PACKAGE]
-
-
-def _declarations(header: str) -> str:
-    """What cffi can parse of ksort.h: its C declarations and its `#define NAME integer` lines."""
-    header = re.sub(r"^#ifdef __cplusplus\n.*?^#endif.*?\n", "", header, flags=re.MULTILINE | re.DOTALL)
-    integer_define = re.compile(r"#define \w+ \d+\s*(/\*.*)?$")
-    return "\n".join(line for line in header.splitlines() if not line.startswith("#") or integer_define.match(line))
 
 
 def kernels() -> str:

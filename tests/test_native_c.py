@@ -22,6 +22,18 @@ def test_sanitized_c_programs(tmp_path):
     assert "pool_race: 60 steps" in run.stdout
 
 
+@pytest.mark.skipif(bool(MISSING), reason=f"needs {', '.join(MISSING)}")
+@pytest.mark.parametrize("compiler", ["gcc", "clang"])
+def test_builds_without_warnings(tmp_path, compiler):
+    """Catches what only one compiler accepts, such as __builtin_cpu_supports("f16c"), which clang 14 does not know."""
+    if shutil.which(compiler) is None:
+        pytest.skip(f"needs {compiler}")
+    configure = ["cmake", "-S", NATIVE, "-B", tmp_path, f"-DCMAKE_C_COMPILER={compiler}", "-DCMAKE_C_FLAGS=-Werror"]
+    for command in (configure, ["cmake", "--build", tmp_path, "--parallel"]):
+        run = subprocess.run(command, capture_output=True, text=True)
+        assert run.returncode == 0, run.stdout + run.stderr
+
+
 def test_readme_shows_the_example_that_is_run():
     """Catches an example in native/README.md that no longer compiles: it must be the file that the script runs."""
     example = (NATIVE / "examples" / "attend.c").read_text()

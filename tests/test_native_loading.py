@@ -9,21 +9,21 @@ import numpy as np
 import pytest
 from native_support import new_cache, rope_for
 
-from ksort_gguf import native
+from ksort_gguf import native, native_files
 from ksort_gguf.errors import KsortError
 
 
 def test_missing_override(monkeypatch, tmp_path):
     """Catches a wrong KSORT_LIBRARY that is silently ignored."""
-    monkeypatch.setenv(native.LIBRARY_VARIABLE, str(tmp_path / "none.so"))
+    monkeypatch.setenv(native_files.LIBRARY_VARIABLE, str(tmp_path / "none.so"))
     with pytest.raises(KsortError, match=r"KSORT_LIBRARY=.*none\.so"):
         native._Binding()
 
 
 def test_missing_library_says_how_to_install(monkeypatch, tmp_path):
     """Catches a bare OSError from an installation without the compiled library."""
-    monkeypatch.delenv(native.LIBRARY_VARIABLE, raising=False)
-    monkeypatch.setattr(native, "_package_folders", lambda: [tmp_path])
+    monkeypatch.delenv(native_files.LIBRARY_VARIABLE, raising=False)
+    monkeypatch.setattr(native_files, "package_folders", lambda: [tmp_path])
     with pytest.raises(KsortError, match="pip install"):
         native._Binding()
 
@@ -31,23 +31,23 @@ def test_missing_library_says_how_to_install(monkeypatch, tmp_path):
 def test_not_a_library(monkeypatch, tmp_path):
     """Catches a traceback for a library of another machine, or a damaged one."""
     (tmp_path / "libksort.so").write_bytes(b"not an ELF file")
-    monkeypatch.setenv(native.LIBRARY_VARIABLE, str(tmp_path / "libksort.so"))
+    monkeypatch.setenv(native_files.LIBRARY_VARIABLE, str(tmp_path / "libksort.so"))
     with pytest.raises(KsortError, match="cannot be loaded"):
         native._Binding()
 
 
 def test_another_library(monkeypatch):
     """Catches an AttributeError for a KSORT_LIBRARY that is a library, but not libksort."""
-    monkeypatch.setenv(native.LIBRARY_VARIABLE, _cffi_backend.__file__)
+    monkeypatch.setenv(native_files.LIBRARY_VARIABLE, _cffi_backend.__file__)
     with pytest.raises(KsortError, match="cannot be loaded"):
         native._Binding()
 
 
 def test_other_abi_version(monkeypatch, tmp_path):
     """Catches an old library beside a newer header: structs would be misread."""
-    header = native._header_path().read_text()
+    header = native_files.header_path().read_text()
     (tmp_path / "ksort.h").write_text(header.replace("#define KSORT_ABI_VERSION 1", "#define KSORT_ABI_VERSION 2"))
-    monkeypatch.setattr(native, "_header_path", lambda: tmp_path / "ksort.h")
+    monkeypatch.setattr(native_files, "header_path", lambda: tmp_path / "ksort.h")
     with pytest.raises(KsortError, match="ABI version 1, but this package needs 2"):
         native._Binding()
 

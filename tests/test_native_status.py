@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from native_support import new_cache, rope_for
 
-from ksort_gguf import native
+from ksort_gguf import native, native_files
 
 BINDING = native._binding()
 FFI, LIB = BINDING.ffi, BINDING.lib
@@ -303,8 +303,8 @@ def test_every_status_has_its_text():
 def test_only_the_abi_is_exported():
     """Catches internal functions that leak from the library and clash with an embedder's."""
     listed = subprocess.run(
-        ["nm", "-gPD", "--defined-only", native._library_path()], check=True, capture_output=True, text=True
+        ["nm", "-gPD", "--defined-only", native_files.library_path()], check=True, capture_output=True, text=True
     ).stdout
     exported = {line.split()[0] for line in listed.splitlines() if line.split()[1] in "TDBR"}
-    header = native._header_path().read_text()
+    header = native_files.header_path().read_text()
     assert exported == set(re.findall(r"^\w.*?\b(ksort_\w+)\(", header, flags=re.MULTILINE))

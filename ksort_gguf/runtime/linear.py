@@ -8,7 +8,7 @@ bf16 is fast for many rows and f32 for both.
 import torch
 import torch.nn.functional as F
 
-_F16_ROWS = 4  # from this many rows on, expanding a slice of f16 weights pays
+_F16_ROWS = 8  # from this many rows on, expanding a slice of f16 weights pays
 _SLICE_VALUES = 1 << 21  # 8 MiB of float32
 
 

@@ -9,6 +9,7 @@
  *     caller was built with.
  *   - A status other than KSORT_OK means that this part wrote nothing to the cache or the output; the one exception is
  *     said at ksort_attend.
+ *   - The floating-point environment is C's default: round to nearest, subnormal numbers kept.
  *   - "slot" is a token's place in the cache, counted from 0; "channel" is a place within a head, in folded order.
  */
 #ifndef KSORT_H
@@ -59,8 +60,9 @@ typedef struct ksort_format {
     size_t struct_size;
     uint32_t type;       /* ksort_type */
     uint32_t head_dim;   /* channels a head: even, 2 to KSORT_MAX_HEAD_DIM */
-    uint32_t block_size; /* channels that share an exponent: 16, 32, 64, 128, at most head_dim; ignored by float types.
-                            Where it does not divide head_dim the last block is shorter. */
+    uint32_t block_size; /* channels that share an exponent: 16, 32, 64, 128, at most head_dim. Where it does not divide
+                            head_dim the last block is shorter. Float types ignore it, but for BFP16 queries on float
+                            keys: they are rounded in blocks of this size. */
 } ksort_format;
 
 /* Rotary position embedding in folded order. For channel c of a head x:
@@ -96,7 +98,7 @@ uint32_t ksort_abi_version(void);
 const char *ksort_status_text(ksort_status status);
 
 /* The kernel level in use, each faster than the one before: "scalar", "avx2", "avx512bw" (AVX-512 F, BW, VL and DQ),
- * "avx512" (and VNNI); or "neon". Static storage.
+ * "avx512" (and VNNI). Static storage.
  * On first use the best level that the CPU supports is chosen, or the one that the environment variable KSORT_KERNELS
  * names; if that is unknown or unsupported, every call that needs kernels returns KSORT_ERR_KERNELS and this returns
  * "unsupported". Thread-safe. */
@@ -160,13 +162,14 @@ typedef struct ksort_attend_args {
 
 /* Workspace that ksort_attend and ksort_attend_merge need for these arguments (its pointers, workspace and
  * workspace_bytes aside) and nth parts, into *bytes. Grows with n_queries at most up to a fixed bound a part.
- * Returns as ksort_attend, without _NON_FINITE and _WORKSPACE. */
+ * Returns KSORT_OK, _ARGUMENT, _STRUCT_SIZE, _TYPE, _HEAD_DIM, _BLOCK_SIZE, _HEADS, _ALIGNMENT (of strides),
+ * _KERNELS. */
 ksort_status ksort_attend_workspace_bytes(const ksort_attend_args *args, uint32_t nth, size_t *bytes);
 
 /* All parts of ksort_attend, then all parts of ksort_attend_merge (with the same args and nth) give out. Long caches
  * are split over tokens as well as heads, so that one KV head still uses every part; merge joins the splits.
- * Every part checks all of q first. Finite inputs so large that a score or a sum of values overflows float32 are found
- * on the way: then the status (of attend or merge) is KSORT_ERR_NON_FINITE and the contents of out are undefined.
+ * Every part checks all of q first. Finite inputs so large that RoPE of a query, a score or a sum of values overflows
+ * float32 are found on the way: then the status (of attend or merge) is KSORT_ERR_NON_FINITE and the contents of out are undefined.
  * Returns KSORT_OK, _ARGUMENT, _STRUCT_SIZE, _TYPE, _HEAD_DIM, _BLOCK_SIZE, _HEADS, _ALIGNMENT, _ROPE, _NON_FINITE,
  * _WORKSPACE, _KERNELS. */
 ksort_status ksort_attend(const ksort_attend_args *args, uint32_t ith, uint32_t nth);
@@ -181,8 +184,11 @@ ksort_status ksort_pool_create(uint32_t n_threads, ksort_pool **pool);
 /* Ends the threads and frees the pool. NULL is allowed. */
 void ksort_pool_destroy(ksort_pool *pool);
 
-/* One layer's step: packs k and v, then attends, each over all threads. Any of the three may be NULL.
- * Both packs are checked before either writes. Returns KSORT_OK or the first status that is not. */
+/* One layer's step: packs k and v, then attends, each over all threads. Any of the three may be NULL; the workspace is
+ * for nth = n_threads. All arguments and values, q's too, are checked before anything is written; where attend finds an
+ * overflow on the way, k and v are packed.
+ * Returns KSORT_OK, _ARGUMENT for a NULL pool, or what ksort_pack, ksort_attend and ksort_attend_merge return: one of
+ * the statuses that are not KSORT_OK, if several parts find different ones. */
 ksort_status ksort_pool_step(ksort_pool *pool, const ksort_pack_args *k, const ksort_pack_args *v,
                              const ksort_attend_args *attend);
 

@@ -59,8 +59,12 @@ ksort_status ksort_attend_prepare(const ksort_attend_args *args, uint32_t nth, b
         return KSORT_ERR_ARGUMENT;
     job->group = args->n_heads / args->k->n_kv_heads;
     job->stride = (job->v.head_dim + 15) / 16 * 16; /* rows of accumulators start on a cache line */
-    ksort_count_work(job);
-    return with_memory ? check_memory(args, nth, job) : KSORT_OK;
+    if (!with_memory)
+        return KSORT_OK;
+    status = check_memory(args, nth, job);
+    if (status == KSORT_OK)
+        ksort_count_work(job);
+    return status;
 }
 
 ksort_status ksort_attend_check(const struct attend_job *job, uint32_t ith, uint32_t nth)

@@ -53,7 +53,8 @@ struct attend_scratch {
     struct partial partials[N_PARTIALS];
 };
 
-/* Checks the arguments; the pointers to data only with_memory. Returns as ksort_attend, without _NON_FINITE. */
+/* Checks the arguments and, with_memory, the pointers to data; counts the work, if it is to be done (with_memory).
+ * Returns as ksort_attend, without _NON_FINITE. */
 ksort_status ksort_attend_prepare(const ksort_attend_args *args, uint32_t nth, bool with_memory,
                                   struct attend_job *job);
 

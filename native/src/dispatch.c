@@ -5,6 +5,8 @@
 #include "kernels.h"
 #include "scalar/scalar.h"
 #ifdef KSORT_X86_64
+#include <cpuid.h>
+
 #include "x86/x86.h"
 #endif
 
@@ -63,12 +65,21 @@ static void fill_table(enum level level)
 #endif
 }
 
+#ifdef KSORT_X86_64
+/* Asked of the processor itself: clang 14's __builtin_cpu_supports does not know "f16c". */
+static bool cpu_has_f16c(void)
+{
+    unsigned eax, ebx, ecx, edx;
+    return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
+}
+#endif
+
 /* __builtin_cpu_supports asks the operating system's XCR0 too: a level is only reported if its registers are saved. */
 static enum level best_level(void)
 {
 #ifdef KSORT_X86_64
     __builtin_cpu_init();
-    if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")))
+    if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && cpu_has_f16c()))
         return LEVEL_SCALAR;
     if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")))

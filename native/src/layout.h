@@ -10,6 +10,10 @@
 
 #include "common.h"
 
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "words and float rows are stored as they are in registers: the format is little-endian"
+#endif
+
 #define STRIP_TOKENS 16
 #define STRIPS_PER_TILE (KSORT_TILE_TOKENS / STRIP_TOKENS)
 #define MAX_QUADS (KSORT_MAX_HEAD_DIM / 4)

@@ -13,7 +13,7 @@ compile() { # FOLDER SANITIZERS; -O1, as sanitizers recommend, in a build type o
 
 mkdir -p "$build"
 compile "$build/address" "address;undefined"
-for level in scalar avx2 avx512bw avx512 neon; do
+for level in scalar avx2 avx512bw avx512; do
     status=0
     KSORT_KERNELS=$level "$build/address/guard_pages" "$iterations" || status=$?
     if [ "$status" = 77 ]; then continue; fi # this CPU does not run the level

@@ -1,7 +1,8 @@
-/* The x86-64 levels, each overriding the one before. Contracts are in kernels.h.
- *   avx2        AVX2, FMA, F16C
- *   avx512      AVX-512 F, BW, VL, DQ
- *   avx512vnni  and VNNI
+/* The x86-64 kernels, each set overriding the one before. Contracts are in kernels.h.
+ *   names              instructions            from level
+ *   ksort_avx2_        AVX2, FMA, F16C         "avx2"
+ *   ksort_avx512_      AVX-512 F, BW, VL, DQ   "avx512bw"
+ *   ksort_avx512vnni_  and VNNI                "avx512"
  */
 #ifndef KSORT_X86_H
 #define KSORT_X86_H
