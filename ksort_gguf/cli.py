@@ -6,10 +6,10 @@ import signal
 import sys
 
 from ksort_gguf import __version__
-from ksort_gguf.commands import chat, convert, demo, generate, inspect, perplexity, plan
+from ksort_gguf.commands import bench, chat, convert, demo, generate, inspect, perplexity, plan
 from ksort_gguf.errors import KsortError
 
-_COMMANDS = (convert, plan, inspect, generate, chat, perplexity, demo)
+_COMMANDS = (convert, plan, inspect, generate, chat, perplexity, bench, demo)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -1,5 +1,7 @@
 """The command line as a user meets it: one line for every mistake, never a traceback."""
 
+import json
+
 import pytest
 import torch
 import transformers
@@ -58,6 +60,8 @@ def fails(capsys, *arguments) -> str:
         (["perplexity", "-m", "{dir}/stock.gguf"], "-f"),
         (["perplexity", "-m", "{dir}/stock.gguf", "--kl-divergence"], "--kl-divergence-base"),
         (["perplexity", "-m", "{dir}/stock.gguf", "-f", "{dir}/none"], "none"),
+        (["bench", "-m", "{dir}/stock.gguf", "-ctk", "q4_0"], "--cache-type-k"),
+        (["bench", "-m", "{dir}/stock.gguf", "-d", "x"], "--n-depth"),
         (["frobnicate"], "frobnicate"),
         ([], "COMMAND"),
     ],
@@ -86,3 +90,16 @@ def test_small_heads_need_no_flags(capsys, tmp_path):
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "hf")
     assert main(["convert", str(tmp_path / "hf"), "--outfile", str(tmp_path / "out.gguf")]) == 0
     assert "keys f16" in capsys.readouterr().out
+
+
+def test_bench_names_every_test_as_llama_bench(model, capsys):
+    """Would catch tests that are skipped, run at another depth, or counted with the wrong number of tokens."""
+    arguments = ["-p", "8", "-n", "0,4", "-d", "0,16", "-ctk", "f16,bfp12", "-r", "2", "-o", "json"]
+    assert main(["bench", "-m", str(model / "folded.gguf"), *arguments]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [(row["type_k"], row["test"]) for row in rows] == [
+        (k_type, test + depth) for k_type in ("f16", "bfp12") for depth in ("", " @ d16") for test in ("pp8", "tg4")
+    ]
+    for row in rows:
+        n_tokens = row["n_prompt"] + row["n_gen"]
+        assert row["samples_ts"] == pytest.approx([n_tokens * 1e9 / ns for ns in row["samples_ns"]])

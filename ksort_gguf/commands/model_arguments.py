@@ -88,8 +88,6 @@ def load(args: argparse.Namespace) -> "LoadedModel":
     """Load the model that `args` name, after checking the numbers that argparse cannot."""
     if args.threads < 0:
         raise KsortError(f"--threads {args.threads} is negative: pass a count, or leave it out for all CPUs")
-    if args.ctx_size < 0:
-        raise KsortError(f"--ctx-size {args.ctx_size} is negative: pass a count, or 0 for the model's own")
     if args.n_gpu_layers:
         print("note: -ngl is ignored, this build runs on the CPU", file=sys.stderr)
     from ksort_gguf.runtime.load import load_model

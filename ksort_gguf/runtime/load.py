@@ -55,7 +55,9 @@ class LoadedModel:
         )
 
     def context(self, n_ctx: int) -> int:
-        """`n_ctx`, or the context that the model was trained for where that is 0."""
+        """`n_ctx`, or the context that the model was trained for where that is 0. Raises KsortError below 0."""
+        if n_ctx < 0:
+            raise KsortError(f"--ctx-size {n_ctx} is negative: pass a count, or 0 for the model's own")
         return n_ctx or self.model.geometry.context_length
 
 

@@ -65,6 +65,7 @@ class Model:
         self._output_norm, self._output = weights.output_norm, Linear(weights.output)
         self._angles = _Angles(geometry, weights.rope_factors)
         self._rope = [_layer_tables(family, geometry, plan, layer) for layer in range(geometry.n_layers)]
+        self.n_threads = n_threads
         self._pool = native.Pool(n_threads)
         torch.set_num_threads(n_threads)
 
