@@ -169,7 +169,8 @@ ksort_status ksort_attend_workspace_bytes(const ksort_attend_args *args, uint32_
 /* All parts of ksort_attend, then all parts of ksort_attend_merge (with the same args and nth) give out. Long caches
  * are split over tokens as well as heads, so that one KV head still uses every part; merge joins the splits.
  * Every part checks all of q first. Finite inputs so large that RoPE of a query, a score or a sum of values overflows
- * float32 are found on the way: then the status (of attend or merge) is KSORT_ERR_NON_FINITE and the contents of out are undefined.
+ * float32 are found on the way: then the status (of attend or merge) is KSORT_ERR_NON_FINITE and the contents of out
+ * are undefined.
  * Returns KSORT_OK, _ARGUMENT, _STRUCT_SIZE, _TYPE, _HEAD_DIM, _BLOCK_SIZE, _HEADS, _ALIGNMENT, _ROPE, _NON_FINITE,
  * _WORKSPACE, _KERNELS. */
 ksort_status ksort_attend(const ksort_attend_args *args, uint32_t ith, uint32_t nth);
