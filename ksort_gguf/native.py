@@ -98,7 +98,11 @@ def available_levels() -> list[str]:
     """The levels that this CPU can run, lowest first. The level in use stays as it is."""
     binding = _binding()
     in_use = binding.ffi.string(binding.lib.ksort_kernels())
-    usable = [level for level in LEVELS if binding.lib.ksort_select_kernels(level.encode()) == binding.lib.KSORT_OK]
+    usable = []
+    for level in LEVELS:
+        chosen = binding.lib.ksort_select_kernels(level.encode()) == binding.lib.KSORT_OK
+        if chosen and kernels() == level:  # "avx512" may fall to "avx512bw"
+            usable.append(level)
     binding.lib.ksort_select_kernels(binding.ffi.NULL if in_use == b"unsupported" else in_use)
     return usable
 
@@ -156,15 +160,16 @@ class Pool:
 
 
 class Cache:
-    """One layer's packed keys or values, in memory that the caller gives.
+    """One layer's packed keys or values.
 
-    `buffer` is writable, offers the buffer protocol and is 64-byte aligned. Tile t of KV head h starts at byte
-    t * tile_stride + h * head_stride; by default a tile's heads follow each other, and tiles follow each other.
+    `buffer` is writable, offers the buffer protocol and is 64-byte aligned; without one, memory is allocated here.
+    Tile t of KV head h starts at byte t * tile_stride + h * head_stride; by default a tile's heads follow each other,
+    and tiles follow each other.
     Raises ValueError for an impossible format or a buffer too small for `n_slots` tokens (whole tiles).
     """
 
     def __init__(
-        self, type_name, head_dim, block_size, n_kv_heads, n_slots, buffer, tile_stride=None, head_stride=None
+        self, type_name, head_dim, block_size, n_kv_heads, n_slots, buffer=None, tile_stride=None, head_stride=None
     ):
         self._binding = binding = _binding()
         self.type_name, self.head_dim, self.n_kv_heads = type_name, head_dim, n_kv_heads
@@ -173,6 +178,8 @@ class Cache:
         tile_stride = n_kv_heads * one_tile if tile_stride is None else tile_stride
         n_tiles = -(-n_slots // binding.lib.KSORT_TILE_TOKENS)
         needed = (n_tiles - 1) * tile_stride + (n_kv_heads - 1) * head_stride + one_tile
+        if buffer is None:
+            buffer = aligned_buffer(needed)
         self._memory = binding.ffi.from_buffer(buffer, require_writable=True)
         if needed > len(self._memory):
             raise ValueError(f"buffer of {len(self._memory)} bytes is too small: {n_slots} slots need {needed}")

@@ -32,10 +32,9 @@ def run(args: argparse.Namespace) -> None:
     prompt = args.prompt if args.file is None else read_text(args.file)
     sampler = make_sampler(args)
     loaded = load(args)
-    ids = loaded.tokenizer.encode(prompt)
     sequence = loaded.model.start(cache_options(args, loaded), loaded.context(args.ctx_size))
     generator = Generator(sequence, sampler)
-    generator.set_prompt(ids)
+    generator.set_prompt(loaded.tokenizer.encode(prompt))
     if not args.no_display_prompt:
         print(prompt, end="", flush=True)
     stream = loaded.tokenizer.stream()

@@ -100,8 +100,8 @@ const char *ksort_status_text(ksort_status status);
 /* The kernel level in use, each faster than the one before: "scalar", "avx2", "avx512bw" (AVX-512 F, BW, VL and DQ),
  * "avx512" (and VNNI). Static storage.
  * On first use the best level that the CPU supports is chosen, or the one that the environment variable KSORT_KERNELS
- * names; if that is unknown or unsupported, every call that needs kernels returns KSORT_ERR_KERNELS and this returns
- * "unsupported". Thread-safe. */
+ * names ("avx512" there means with VNNI where present); if that is unknown or unsupported, every call that needs kernels
+ * returns KSORT_ERR_KERNELS and this returns "unsupported". Thread-safe. */
 const char *ksort_kernels(void);
 
 /* Chooses a level by name, or the automatic choice for NULL. For tests and benchmarks.

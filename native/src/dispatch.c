@@ -98,6 +98,8 @@ static bool select_level(const char *name)
         fill_table(best);
         return true;
     }
+    if (best == LEVEL_AVX512BW && strcmp(name, level_names[LEVEL_AVX512]) == 0)
+        name = level_names[best]; /* "avx512" asks for VNNI only where it is present */
     for (enum level level = LEVEL_SCALAR; level <= best; level++)
         if (strcmp(name, level_names[level]) == 0) {
             fill_table(level);
