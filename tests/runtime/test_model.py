@@ -111,6 +111,18 @@ def test_one_token_at_a_time_equals_all_at_once(checkpoint, tokens, tmp_path):
     torch.testing.assert_close(single, at_once, atol=TOLERANCE, rtol=TOLERANCE)
 
 
+@pytest.mark.parametrize("n_logits", [1, 70, 150])
+def test_logits_do_not_depend_on_the_ubatch(checkpoint, tokens, tmp_path, monkeypatch, n_logits):
+    """Would catch logits of the wrong rows where the asked-for tokens lie in several ubatches."""
+    out = tmp_path / "model.gguf"
+    convert(checkpoint[0], out, outtype="f32", block_size=16)
+    whole = run(out, tokens, **EXACT)[-n_logits:]
+    monkeypatch.setattr("ksort_gguf.runtime.model.N_UBATCH", 64)
+    loaded = load_model(out, n_threads=2)
+    cut = loaded.model.start(loaded.cache_options(**EXACT), 256).forward(tokens, n_logits)
+    torch.testing.assert_close(cut, whole, atol=TOLERANCE, rtol=TOLERANCE)
+
+
 def test_packed_keys_of_one_token_equal_those_of_many(checkpoint, tokens, tmp_path):
     """Would catch packing that depends on how many tokens come together; float noise may still flip some roundings."""
     out = tmp_path / "model.gguf"
