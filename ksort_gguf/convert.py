@@ -72,7 +72,7 @@ def convert(
             raise KsortError(f"{source_path}: is folded already: convert the stock model it was made from")
         declared = _declared(source.geometry.head_dim, cache_type_k, block_size, query_type)
         path = output_path(outfile, source)
-        check_output(path, force, [Path(source_path)])
+        check_output(path, force, source.files())
         made_plan = _plan_with_progress(source, rank) if plan == "ksort" else None
         values = output_values(source, made_plan, declared)
         if not dry_run:

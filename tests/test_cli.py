@@ -8,6 +8,9 @@ import transformers
 
 from ksort_gguf.cli import main
 from ksort_gguf.convert import convert
+from ksort_gguf.gguf_output import GgufOutput
+from ksort_gguf.sources.gguf_file import open_gguf
+from ksort_gguf.sources.gguf_values import string, uint32
 
 TINY = dict(hidden_size=64, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
 
@@ -56,7 +59,9 @@ def fails(capsys, *arguments) -> str:
         (["generate", "-m", "{dir}/stock.gguf"], "--prompt"),
         (["generate", "-m", "{dir}/folded.gguf", "-p", "x", "--plan-file", "{dir}/none"], "none"),
         (["generate", "-m", "{dir}/folded.gguf", "-p", "x", "--plan-file", "{dir}/stock.gguf"], "plan"),
+        (["generate", "-m", "{dir}/hf", "-p", "x"], "is a directory"),
         (["chat", "-m", "{dir}/stock.gguf"], "chat-template"),
+        (["perplexity", "-m", "{dir}/stock.gguf", "-f", "x", "--kl-divergence-base", "{dir}/stock.gguf"], "-m names"),
         (["perplexity", "-m", "{dir}/stock.gguf"], "-f"),
         (["perplexity", "-m", "{dir}/stock.gguf", "--kl-divergence"], "--kl-divergence-base"),
         (["perplexity", "-m", "{dir}/stock.gguf", "-f", "{dir}/none"], "none"),
@@ -103,3 +108,39 @@ def test_bench_names_every_test_as_llama_bench(model, capsys):
     for row in rows:
         n_tokens = row["n_prompt"] + row["n_gen"]
         assert row["samples_ts"] == pytest.approx([n_tokens * 1e9 / ns for ns in row["samples_ns"]])
+
+
+def rewritten(source, target, values=None, damage=None):
+    """`source` copied to `target` with metadata `values` replaced; the bytes of tensor `damage` begin with NaN."""
+    with open_gguf(source) as model:
+        infos = [(t.name, t.shape, t.type) for t in model.tensors.values()]
+        with GgufOutput(target, {**model.values, **(values or {})}, infos) as output:
+            for name, tensor in model.tensors.items():
+                raw = tensor.read()
+                if name == damage:
+                    raw[:4] = 0xFF  # NaN in f16, bf16 and f32
+                output.write_tensor(name, [raw])
+    return target
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("ksort.block_size", string("32")),
+        ("ksort.block_size", uint32(7)),
+        ("ksort.cache_type_k", string("q4_0")),
+        ("ksort.query_type", uint32(1)),
+    ],
+)
+def test_declared_cache_of_another_kind_names_the_key(model, capsys, tmp_path, key, value):
+    """Would catch tracebacks, and made-up numbers, from cache keys that another program wrote."""
+    file = rewritten(model / "stock.gguf", tmp_path / "m.gguf", {key: value})
+    for command in (["inspect", file], ["generate", "-m", file, "-p", "x"]):
+        assert f"{file}: key {key}" in fails(capsys, *command)
+
+
+@pytest.mark.parametrize("tensor", ["token_embd.weight", "blk.1.ffn_gate.weight", "output_norm.weight"])
+def test_nan_weights_are_named_on_load(model, capsys, tmp_path, tensor):
+    """Would catch damaged weights that run for a while, or for good where their row is not used."""
+    file = rewritten(model / "stock.gguf", tmp_path / "m.gguf", damage=tensor)
+    assert f"{file}: tensor {tensor} holds NaN" in fails(capsys, "generate", "-m", file, "-p", "x")

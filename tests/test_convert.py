@@ -134,6 +134,29 @@ def test_existing_output_needs_force_and_is_never_the_source(stock: Path, tmp_pa
     assert (tmp_path / "o.gguf").read_bytes() == b"mine"
 
 
+def test_shards_of_the_source_are_not_overwritten(checkpoint: Path):
+    """Catches --force replacing a weight file of the very checkpoint that is being converted."""
+    for shard in checkpoint.glob("*.safetensors"):
+        before = shard.read_bytes()
+        with pytest.raises(KsortError, match="input itself"):
+            convert(checkpoint, shard, force=True)
+        assert shard.read_bytes() == before
+
+
+def test_folded_file_of_another_row_order_is_refused(stock: Path, tmp_path: Path):
+    """Catches running a fold in a row order that RoPE's tables are not made for."""
+    convert(stock, tmp_path / "folded.gguf")
+    with open_gguf(tmp_path / "folded.gguf") as source:
+        wrong = "half" if source.family.row_order == "interleaved" else "interleaved"
+        values = {**source.values, Keys.PLAN_ROW_ORDER: string(wrong)}
+        infos = [(t.name, t.shape, t.type) for t in source.tensors.values()]
+        with GgufOutput(tmp_path / "wrong.gguf", values, infos) as output:
+            for name, tensor in source.tensors.items():
+                output.write_tensor(name, tensor.chunks())
+    with pytest.raises(KsortError, match=rf"row_order is '{wrong}'"):
+        open_gguf(tmp_path / "wrong.gguf")
+
+
 def test_full_disk_leaves_the_old_file(stock: Path, tmp_path: Path):
     """Catches partial files under the final name, leftovers beside it, and tracebacks, when space runs out."""
     target = tmp_path / "out" / "o.gguf"

@@ -9,7 +9,6 @@ from ksort_gguf.cache_types import (
     DEFAULT_QUERY_TYPE,
     TILE_TOKENS,
     V_TYPES,
-    Keys,
     default_block_size,
     tile_bytes,
 )
@@ -48,9 +47,12 @@ def inspect(path: Path) -> dict:
 def _model_report(path: Path, source) -> dict:
     from ksort_gguf.plan.rank import make_plan
     from ksort_gguf.plan.statistics import layer_statistics
+    from ksort_gguf.sources.typed_values import declared_cache
 
     geometry, metadata = source.geometry, source.metadata
-    block_size = metadata.get(Keys.BLOCK_SIZE, default_block_size(geometry.head_dim))
+    k_type, block_size, query_type = declared_cache(metadata, str(path))
+    declared = {"k_type": k_type, "block_size": block_size, "query_type": query_type or DEFAULT_QUERY_TYPE}
+    block_size = block_size or default_block_size(geometry.head_dim)
     kind = "checkpoint" if path.is_dir() else "folded" if source.plan else "stock"
     plan = source.plan or make_plan(source)
     return {
@@ -61,7 +63,7 @@ def _model_report(path: Path, source) -> dict:
         "geometry": vars(geometry),
         "weights": _weight_report(source),
         "plan": _plan_report(source.plan) if source.plan else None,
-        "cache": _declared(metadata),
+        "cache": declared if k_type else None,
         "block_size": block_size,
         "cache_bytes_per_token": _cache_bytes(geometry, block_size),
         "layers": [vars(layer) for layer in layer_statistics(source, plan, block_size)],
@@ -90,17 +92,6 @@ def _plan_report(plan) -> dict:
     if plan.order is not None:
         report |= dict(zip(("n_layers", "n_kv_heads", "head_dim"), plan.order.shape, strict=True))
     return report
-
-
-def _declared(metadata: dict) -> dict | None:
-    """The cache types that a file declares."""
-    if Keys.CACHE_TYPE_K not in metadata:
-        return None
-    return {
-        "k_type": metadata[Keys.CACHE_TYPE_K],
-        "block_size": metadata.get(Keys.BLOCK_SIZE),
-        "query_type": metadata.get(Keys.QUERY_TYPE, DEFAULT_QUERY_TYPE),
-    }
 
 
 def _cache_bytes(geometry, block_size: int) -> dict:

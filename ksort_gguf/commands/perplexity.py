@@ -3,6 +3,7 @@
 import argparse
 import sys
 from contextlib import nullcontext
+from pathlib import Path
 
 from ksort_gguf.cache_types import CACHE_TYPES
 from ksort_gguf.commands.model_arguments import add_model_arguments, cache_options, load
@@ -34,12 +35,22 @@ def run(args: argparse.Namespace) -> None:
         raise KsortError("--kl-divergence needs a base file: name it with --kl-divergence-base")
     if not args.kl_divergence and args.file is None:
         raise KsortError("there is no text to score: name a file with -f")
+    if args.kl_divergence_base is not None and not args.kl_divergence:
+        _check_base_is_no_input(args)
     loaded = load(args)
     bos_id = loaded.tokenizer.bos_id if loaded.tokenizer.add_bos else None
     if args.kl_divergence:
         _compare(args, loaded, bos_id)
     else:
         _score(args, loaded, bos_id)
+
+
+def _check_base_is_no_input(args: argparse.Namespace) -> None:
+    """Raise KsortError if the base file to write is a file to read: it would be overwritten."""
+    base = Path(args.kl_divergence_base)
+    for flag, path in (("-m", args.model), ("-f", args.file), ("--plan-file", args.plan_file)):
+        if path is not None and base.exists() and Path(path).exists() and base.samefile(path):
+            raise KsortError(f"--kl-divergence-base {base}: is the file that {flag} names: choose another name")
 
 
 def _score(args: argparse.Namespace, loaded, bos_id: int | None) -> None:

@@ -33,8 +33,8 @@ def run(args: argparse.Namespace) -> None:
     from ksort_gguf.sources.open_model import open_model
 
     path = Path(args.outfile)
-    check_output(path, args.force, [Path(args.model)])
     with open_model(args.model) as source:
+        check_output(path, args.force, source.files())
         if source.plan is not None:
             raise KsortError(f"{args.model}: is folded already: make a plan from the stock model")
         with tqdm(total=source.geometry.n_layers, desc="ranking", unit="layer", disable=None) as bar:

@@ -1,5 +1,6 @@
 """What the converter and the runner need to know of a model architecture."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -8,6 +9,7 @@ import gguf
 from ksort_gguf.cache_types import MAX_HEAD_DIM, Keys
 from ksort_gguf.errors import KsortError
 
+MAX_LAYERS = 1024  # several times what exists; more is a damaged file, refused before anything is counted up to it
 _BIASED_PARTS = ("attn_q", "attn_k", "attn_v")
 _LAYER_PARTS = ("attn_norm", *_BIASED_PARTS, "attn_output", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down")
 
@@ -58,6 +60,35 @@ class Family:
         parts = (_BIASED_PARTS if self.biases == "optional" else ()) + (("attn_output",) if self.output_bias else ())
         return names + [f"blk.{layer}.{part}.bias" for layer in range(n_layers) for part in parts]
 
+    def shapes(self, geometry: Geometry, n_vocab: int, n_ff: int) -> dict[str, tuple[int, ...]]:
+        """The shape (rows first) of every tensor that a model of this family has or may have."""
+        g = geometry
+        n_q, n_kv = g.n_heads * g.head_dim, g.n_kv_heads * g.head_dim
+        shapes = {
+            "token_embd.weight": (n_vocab, g.n_embd),
+            "output_norm.weight": (g.n_embd,),
+            "output.weight": (n_vocab, g.n_embd),
+            "rope_freqs.weight": (g.n_rot // 2,),
+        }
+        layer_shapes = {
+            "attn_norm.weight": (g.n_embd,),
+            "attn_q.weight": (n_q, g.n_embd),
+            "attn_k.weight": (n_kv, g.n_embd),
+            "attn_v.weight": (n_kv, g.n_embd),
+            "attn_q.bias": (n_q,),
+            "attn_k.bias": (n_kv,),
+            "attn_v.bias": (n_kv,),
+            "attn_output.weight": (g.n_embd, n_q),
+            "attn_output.bias": (g.n_embd,),
+            "ffn_norm.weight": (g.n_embd,),
+            "ffn_gate.weight": (n_ff, g.n_embd),
+            "ffn_up.weight": (n_ff, g.n_embd),
+            "ffn_down.weight": (g.n_embd, n_ff),
+        }
+        for layer in range(g.n_layers):
+            shapes |= {f"blk.{layer}.{part}": shape for part, shape in layer_shapes.items()}
+        return shapes
+
     def q_tensors(self, layer: int) -> tuple[str, str]:
         """GGUF names of the layer's query projection: weight, bias (the bias may be absent)."""
         return f"blk.{layer}.attn_q.weight", f"blk.{layer}.attn_q.bias"
@@ -82,7 +113,7 @@ class Family:
 
         def count(key: str, default=None) -> int:
             value = get(key, default)
-            if not isinstance(value, int) or value <= 0:
+            if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
                 raise KsortError(
                     f"{file}: key {prefix}.{key} is {value!r}, expected one positive integer for all layers"
                 )
@@ -90,10 +121,13 @@ class Family:
 
         def number(key: str, default=None) -> float:
             value = get(key, default)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise KsortError(f"{file}: key {prefix}.{key} is {value!r}, expected a number")
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+                raise KsortError(f"{file}: key {prefix}.{key} is {value!r}, expected a number, zero or more")
             return float(value)
 
+        n_layers = count("block_count")
+        if n_layers > MAX_LAYERS:
+            raise KsortError(f"{file}: key {prefix}.block_count is {n_layers}, expected at most {MAX_LAYERS}")
         n_embd, n_heads = count("embedding_length"), count("attention.head_count")
         n_kv_heads = count("attention.head_count_kv", n_heads)
         head_dim = count("attention.key_length", n_embd // n_heads)
@@ -111,8 +145,11 @@ class Family:
             raise KsortError(
                 f"{file}: RoPE scaling {scaling!r} is not supported (none, linear, and llama3's rope_freqs are)"
             )
+        rope_base = number("rope.freq_base", 10000.0)
+        if rope_base == 0:
+            raise KsortError(f"{file}: key {prefix}.rope.freq_base is 0: the file is damaged, get it again")
         return Geometry(
-            n_layers=count("block_count"),
+            n_layers=n_layers,
             n_embd=n_embd,
             n_heads=n_heads,
             n_kv_heads=n_kv_heads,
@@ -120,9 +157,9 @@ class Family:
             n_rot=n_rot,
             context_length=count("context_length"),
             rms_epsilon=number("attention.layer_norm_rms_epsilon"),
-            rope_base=number("rope.freq_base", 10000.0),
+            rope_base=rope_base,
             rope_scaling=scaling,
-            rope_factor=number("rope.scaling.factor", 1.0),
+            rope_factor=number("rope.scaling.factor", 1.0) or 1.0,  # llama.cpp's rule: 0 means no scaling
             window=int(number("attention.sliding_window", 0)),
         )
 

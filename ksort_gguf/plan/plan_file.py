@@ -86,6 +86,8 @@ def plan_of(metadata: Mapping[str, object], tensors: Mapping[str, Tensor], file:
             raise KsortError(f"{file}: key {key} is {value!r}, expected a string: make the file again")
         return value
 
+    if Keys.FORMAT_VERSION not in metadata:
+        raise KsortError(f"{file}: key {Keys.FORMAT_VERSION} is missing: make the file again")
     steps = metadata.get(Keys.PLAN_STEPS)
     if not isinstance(steps, list) or not set(steps) <= set(KNOWN_STEPS):
         known = ", ".join(KNOWN_STEPS)

@@ -12,6 +12,7 @@ import jinja2.sandbox
 
 from ksort_gguf.errors import KsortError
 from ksort_gguf.runtime.tokenizer import Tokenizer
+from ksort_gguf.sources.typed_values import typed
 
 _KEY = "tokenizer.chat_template"  # the default template; others are under tokenizer.chat_template.{name}
 
@@ -42,7 +43,7 @@ class ChatTemplate:
         key = _KEY if name is None else f"{_KEY}.{name}"
         if key not in metadata:
             raise KsortError(f"{file}: has no {key}: pass one with --chat-template or --chat-template-file")
-        return cls(str(metadata[key]), tokenizer, file)
+        return cls(typed(metadata, key, "a string", file), tokenizer, file)
 
     def render(self, messages: Sequence[Mapping[str, object]], add_generation_prompt: bool = True) -> str:
         """The text of `messages` (each with "role" and "content"), and with add_generation_prompt the answer's opening.

@@ -8,8 +8,6 @@ from ksort_gguf.cache_types import (
     CACHE_TYPES,
     DEFAULT_QUERY_TYPE,
     DEFAULT_V_TYPE,
-    QUERY_TYPES,
-    Keys,
     default_block_size,
     default_k_type,
 )
@@ -21,6 +19,7 @@ from ksort_gguf.runtime.tokenizer import Tokenizer
 from ksort_gguf.runtime.weights import load_weights
 from ksort_gguf.sources.base import Source
 from ksort_gguf.sources.gguf_file import open_gguf
+from ksort_gguf.sources.typed_values import declared_cache
 
 
 @dataclass(frozen=True)
@@ -90,17 +89,11 @@ def _n_cpus() -> int:
 
 def _declared(source: Source, planned: bool) -> CacheOptions:
     """Cache options in the metadata. A stock file declares none: f16 keys, or BFP12 where a plan file is given."""
-    metadata, head_dim = source.metadata, source.geometry.head_dim
-    k_type = str(metadata.get(Keys.CACHE_TYPE_K, default_k_type(head_dim) if planned else "f16"))
-    query_type = str(metadata.get(Keys.QUERY_TYPE, DEFAULT_QUERY_TYPE))
-    for key, value, known in ((Keys.CACHE_TYPE_K, k_type, CACHE_TYPES), (Keys.QUERY_TYPE, query_type, QUERY_TYPES)):
-        if value not in known:
-            raise KsortError(
-                f"{source.path}: key {key} is {value!r}, known are {', '.join(known)}: convert the model again"
-            )
+    head_dim = source.geometry.head_dim
+    k_type, block_size, query_type = declared_cache(source.metadata, str(source.path))
     return CacheOptions(
-        k_type=k_type,
+        k_type=k_type or (default_k_type(head_dim) if planned else "f16"),
         v_type=DEFAULT_V_TYPE,
-        block_size=int(metadata.get(Keys.BLOCK_SIZE, default_block_size(head_dim))),
-        query_type=query_type,
+        block_size=block_size or default_block_size(head_dim),
+        query_type=query_type or DEFAULT_QUERY_TYPE,
     )

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from ksort_gguf.errors import KsortError
+from ksort_gguf.sources.typed_values import typed
 
 
 class Kind(IntEnum):
@@ -79,14 +80,14 @@ def special_tokens(
     """Read the special tokens of `tokens` (`ids` is its inverse).
 
     `defaults` are the ids of "bos", "eos" and "unknown" that hold where the file has no key for them. Raises KsortError
-    naming `file` when tokenizer.ggml.token_type is shorter than the vocabulary.
+    naming `file` when a key has another type, or tokenizer.ggml.token_type is shorter than the vocabulary.
     """
 
     def id_of(name: str) -> int | None:
-        value = metadata.get(f"tokenizer.ggml.{name}_token_id")
-        if value is None or not 0 <= int(value) < len(tokens):
+        value = typed(metadata, f"tokenizer.ggml.{name}_token_id", "an integer", file)
+        if value is None or not 0 <= value < len(tokens):
             value = defaults.get(name)
-        return int(value) if value is not None and 0 <= int(value) < len(tokens) else None
+        return int(value) if value is not None and value < len(tokens) else None
 
     kinds = _kinds(metadata, tokens, file)
     ends = {id_of("eos"), id_of("eot"), id_of("eom")}
@@ -113,7 +114,7 @@ def special_tokens(
 
 
 def _kinds(metadata: Mapping[str, object], tokens: Sequence[str], file: str) -> list[Kind]:
-    stored = metadata.get("tokenizer.ggml.token_type")
+    stored = typed(metadata, "tokenizer.ggml.token_type", "an array of numbers", file)
     if stored is None:
         return [Kind.NORMAL] * len(tokens)
     if len(stored) < len(tokens):

@@ -9,6 +9,7 @@ from ksort_gguf.runtime.byte_bpe import ByteBpe
 from ksort_gguf.runtime.pretokenizers import pre_tokenizer
 from ksort_gguf.runtime.score_bpe import ScoreBpe
 from ksort_gguf.runtime.special_tokens import Kind, special_tokens
+from ksort_gguf.sources.typed_values import typed
 
 MODELS = ("gpt2", "llama", "none")  # tokenizer.ggml.model
 _DEFAULT_IDS = {"gpt2": {"bos": 11, "eos": 11}, "llama": {"bos": 1, "eos": 2, "unknown": 0}, "none": {}}
@@ -24,11 +25,11 @@ class Tokenizer:
 
     def __init__(self, metadata: Mapping[str, object], file: str):
         self._file = file
-        model = str(_required(metadata, "tokenizer.ggml.model", file))
+        model = _required(metadata, "tokenizer.ggml.model", "a string", file)
         if model not in MODELS:
             known = ", ".join(MODELS)
             raise KsortError(f"{file}: tokenizer.ggml.model is {model!r}, which is not supported (supported: {known})")
-        tokens = _required(metadata, "tokenizer.ggml.tokens", file) if model != "none" else ()
+        tokens = _required(metadata, "tokenizer.ggml.tokens", "an array of strings", file) if model != "none" else ()
         self._tokens = [text or f"[EMPTY_{i}]" for i, text in enumerate(tokens)]
         ids = {text: i for i, text in enumerate(self._tokens)}
         special = special_tokens(metadata, self._tokens, ids, _DEFAULT_IDS[model], file)
@@ -38,15 +39,17 @@ class Tokenizer:
         self._encoder: ByteBpe | ScoreBpe | None = None
         add_bos = self._space_prefix = False
         if model == "gpt2":
-            pre = pre_tokenizer(str(metadata.get("tokenizer.ggml.pre") or "default"), file)
+            pre = pre_tokenizer(typed(metadata, "tokenizer.ggml.pre", "a string", file) or "default", file)
             add_bos = pre.add_bos
-            self._encoder = ByteBpe(ids, _required(metadata, "tokenizer.ggml.merges", file), pre, file)
+            merges = _required(metadata, "tokenizer.ggml.merges", "an array of strings", file)
+            self._encoder = ByteBpe(ids, merges, pre, file)
         elif model == "llama":
             add_bos = True
-            self._space_prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
-            self._encoder = ScoreBpe(ids, metadata.get("tokenizer.ggml.scores"), special.unk_id, file)
-        self.add_bos = bool(metadata.get("tokenizer.ggml.add_bos_token", add_bos))
-        self.add_eos = bool(metadata.get("tokenizer.ggml.add_eos_token", False))
+            self._space_prefix = typed(metadata, "tokenizer.ggml.add_space_prefix", "true or false", file, True)
+            scores = typed(metadata, "tokenizer.ggml.scores", "an array of numbers", file)
+            self._encoder = ScoreBpe(ids, scores, special.unk_id, file)
+        self.add_bos = typed(metadata, "tokenizer.ggml.add_bos_token", "true or false", file, add_bos)
+        self.add_eos = typed(metadata, "tokenizer.ggml.add_eos_token", "true or false", file, False)
         for wanted, token, name in ((self.add_bos, self.bos_id, "bos"), (self.add_eos, self.eos_id, "eos")):
             if wanted and token is None and self._encoder is not None:
                 raise KsortError(f"{file}: tokenizer.ggml.add_{name}_token is set but {name}_token_id is missing")
@@ -174,7 +177,7 @@ def read_text(path: str | Path) -> str:
         raise KsortError(f"{path}: not UTF-8 at byte {error.start}: convert the file to UTF-8") from None
 
 
-def _required(metadata: Mapping[str, object], key: str, file: str):
+def _required(metadata: Mapping[str, object], key: str, kind: str, file: str):
     if key not in metadata:
         raise KsortError(f"{file}: missing key {key}: the file's tokenizer is incomplete, convert it again")
-    return metadata[key]
+    return typed(metadata, key, kind, file)

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from ksort_gguf.errors import KsortError
 from ksort_gguf.plan.fold import fold_rows
 from ksort_gguf.plan.kplan import KPlan
-from ksort_gguf.sources.base import Source, Tensor
+from ksort_gguf.sources.base import Source, Tensor, is_finite
 
 _DENSE = {
     gguf.GGMLQuantizationType.F32: torch.float32,
@@ -60,7 +60,7 @@ class _Reader:
     def tensor(self, name: str, shape: tuple[int, ...], layer: int | None = None) -> torch.Tensor:
         """The tensor in the type it runs in. With `layer`, its rows are q or k rows, folded with that layer's order.
 
-        Raises KsortError if it is missing or of another shape.
+        Raises KsortError if it is missing, of another shape, or holds NaN or infinity.
         """
         entry = self._source.tensor(name)
         if entry.shape != shape:
@@ -81,12 +81,17 @@ class _Reader:
 
 
 def _as_torch(raw: np.ndarray, entry: Tensor) -> torch.Tensor:
+    """`raw`, all bytes of `entry`, in the type it runs in. Raises KsortError for NaN and infinity."""
     if entry.type in _DENSE:
+        if not is_finite(raw, entry.type):
+            raise entry.non_finite()
         return torch.from_numpy(raw).view(_DENSE[entry.type]).reshape(entry.shape)
     rows = raw.reshape(entry.shape[0], -1)
     out = torch.empty(entry.shape, dtype=torch.float16)
     for start in range(0, len(rows), _ROWS_AT_ONCE):
         part = entry.decode(rows[start : start + _ROWS_AT_ONCE].reshape(-1))
+        if not np.isfinite(part).all():
+            raise entry.non_finite()
         out[start : start + _ROWS_AT_ONCE] = torch.from_numpy(part)
     return out
 

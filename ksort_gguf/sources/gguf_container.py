@@ -59,6 +59,8 @@ def open_container(path: Path) -> Container:
     Raises KsortError, naming the file and where it applies the tensor, for: no such file, not a GGUF, other versions,
     a cut-off file, an unknown tensor type, a newer ksort.format_version.
     """
+    if path.is_dir():
+        raise KsortError(f"{path}: is a directory: give a GGUF file (ksort-gguf convert makes one of a checkpoint)")
     try:
         handle = open(path, "rb", buffering=0)  # noqa: SIM115 (the container keeps it)
     except OSError as error:
@@ -137,7 +139,11 @@ def check_format_version(path: Path, values: dict[str, Value]) -> None:
     """Raise KsortError if the file was made for a newer major version of our keys."""
     if Keys.FORMAT_VERSION in values:
         version = values[Keys.FORMAT_VERSION].decode()
-        if not isinstance(version, int) or version > FORMAT_VERSION:
+        if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+            raise KsortError(
+                f"{path}: key {Keys.FORMAT_VERSION} is {version!r}, expected an integer: make the file again"
+            )
+        if version > FORMAT_VERSION:
             raise KsortError(
                 f"{path}: {Keys.FORMAT_VERSION} is {version}, newer than {FORMAT_VERSION}, which this program knows: "
                 "update ksort-gguf"

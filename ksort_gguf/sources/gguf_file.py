@@ -52,6 +52,11 @@ class GgufSource(Source):
                 f"{self.path}: key {Keys.BASE_ARCHITECTURE} is {self.plan.base_architecture!r}, "
                 f"but general.architecture says {self.family.name!r}: convert it again"
             )
+        if self.plan.row_order != self.family.row_order:
+            raise KsortError(
+                f"{self.path}: key {Keys.PLAN_ROW_ORDER} is {self.plan.row_order!r}, but {self.family.name!r} models "
+                f"have {self.family.row_order!r}: convert it again"
+            )
         check_order_fits(self.plan, self, str(self.path))
 
     def close(self) -> None:

@@ -67,7 +67,7 @@ def _auto_outtype(checkpoint: Checkpoint) -> str:
 
 def _stock_tensors(config: HfConfig, checkpoint: Checkpoint, outtype: str, file: str) -> dict[str, Tensor]:
     """Tensors under GGUF names, rows reordered and types converted as they are read."""
-    family, n_layers = config.family, config.count("num_hidden_layers")
+    family, n_layers = config.family, config.n_layers
     name_map = gguf.get_tensor_name_map(family.arch, n_layers)
     allowed = {*family.required_tensors(n_layers), *family.optional_tensors(n_layers)}
     reordered = _reordered_names(config)
@@ -111,7 +111,7 @@ def _reordered_names(config: HfConfig) -> dict[str, tuple[np.ndarray, int]]:
     head_map = row_map(config.head_dim, config.n_rot, family.hf_row_order, family.row_order)
     n_heads, n_kv_heads = config.n_heads, config.n_kv_heads
     names = {}
-    for layer in range(config.count("num_hidden_layers")):
+    for layer in range(config.n_layers):
         names |= dict.fromkeys(family.q_tensors(layer), (head_map, n_heads))
         names |= dict.fromkeys(family.k_tensors(layer), (head_map, n_kv_heads))
     return names

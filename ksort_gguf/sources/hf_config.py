@@ -1,7 +1,6 @@
 """config.json of transformers 4 and 5 as GGUF hyperparameters, the ones that llama.cpp's converter writes."""
 
 import json
-import logging
 import math
 from pathlib import Path
 
@@ -10,9 +9,10 @@ import numpy as np
 
 from ksort_gguf.errors import KsortError
 from ksort_gguf.families import Family, family_of_hf
+from ksort_gguf.families.base import MAX_LAYERS
 
-_LOG = logging.getLogger(__name__)
 _PLAIN_ROPE = ("default", "none")
+_MAX_COUNT = 2**31 - 1  # of what GGUF stores as uint32 and other programs read as int32
 
 
 class HfConfig:
@@ -40,20 +40,32 @@ class HfConfig:
     def count(self, key: str) -> int:
         """A positive integer that must be there."""
         value = self._config.get(key)
-        if not isinstance(value, int) or value <= 0:
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= _MAX_COUNT:
             raise KsortError(f"{self.path}: key {key} is {value!r}, expected a positive integer")
         return value
 
     def number(self, key: str, value: object) -> float:
-        """`value`, found under `key`, as a float."""
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise KsortError(f"{self.path}: key {key} is {value!r}, expected a number")
+        """`value`, found under `key`, as a positive float."""
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise KsortError(f"{self.path}: key {key} is {value!r}, expected a positive number")
         return float(value)
+
+    @property
+    def n_layers(self) -> int:
+        """Layers of the model."""
+        n_layers = self.count("num_hidden_layers")
+        if n_layers > MAX_LAYERS:
+            raise KsortError(f"{self.path}: key num_hidden_layers is {n_layers}, expected at most {MAX_LAYERS}")
+        return n_layers
 
     @property
     def rope(self) -> dict:
         """RoPE parameters: rope_parameters (transformers 5), or rope_scaling and rope_theta (transformers 4)."""
         rope = self._config.get("rope_parameters") or self._config.get("rope_scaling") or {}
+        if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+            raise KsortError(
+                f"{self.path}: RoPE parameters {rope!r} are not supported: expected one set for all layers"
+            )
         if "rope_theta" in self._config:
             rope = {"rope_theta": self._config["rope_theta"], **rope}
         return rope
@@ -82,12 +94,10 @@ class HfConfig:
 
     @property
     def n_rot(self) -> int:
-        """Rotated channels a head."""
-        factor = self.rope.get("partial_rotary_factor", self._config.get("partial_rotary_factor", 1.0))
-        n_rot = int(self.head_dim * self.number("partial_rotary_factor", factor))
-        if n_rot % 2 or not 0 < n_rot <= self.head_dim:
-            raise KsortError(f"{self.path}: {n_rot} rotated channels do not fit a head of {self.head_dim}")
-        return n_rot
+        """Rotated channels a head: all of them. transformers' Llama and Qwen2 ignore partial_rotary_factor."""
+        if self.head_dim % 2:
+            raise KsortError(f"{self.path}: head dimension {self.head_dim} is odd, so RoPE cannot pair its channels")
+        return self.head_dim
 
     @property
     def is_tied(self) -> bool:
@@ -96,29 +106,28 @@ class HfConfig:
 
     @property
     def window(self) -> int:
-        """Sliding attention window in tokens if all layers have it, else 0."""
-        window = self._config.get("sliding_window") or 0
+        """Sliding attention window in tokens, 0 for none. Raises KsortError where some layers alone have one that counts."""
+        window = self.count("sliding_window") if self._config.get("sliding_window") else 0
         layer_types = self._config.get("layer_types")
         if self.architecture == "MistralForCausalLM" and layer_types is None:
             return window
         if layer_types is None:
             slides = self._config.get("use_sliding_window", False)
-            first = self._config.get("max_window_layers", self.count("num_hidden_layers")) if slides else math.inf
+            first = self._config.get("max_window_layers", self.n_layers) if slides else math.inf
             layer_types = [
-                "sliding_attention" if layer >= first else "full_attention"
-                for layer in range(self.count("num_hidden_layers"))
+                "sliding_attention" if layer >= first else "full_attention" for layer in range(self.n_layers)
             ]
         n_sliding = layer_types.count("sliding_attention") if window else 0
-        if 0 < n_sliding < len(layer_types):
-            _LOG.warning(
-                "%s: %d of %d layers have a sliding window, which GGUF cannot say: ignored (exact up to %d tokens)",
-                *(self.path, n_sliding, len(layer_types), window),
+        if 0 < n_sliding < len(layer_types) and window < self.count("max_position_embeddings"):
+            raise KsortError(
+                f"{self.path}: {n_sliding} of {len(layer_types)} layers have a sliding window of {window}, which is "
+                f"not supported: set max_position_embeddings to {window} at most, where the window changes nothing"
             )
         return window if n_sliding == len(layer_types) else 0
 
     def add_hyperparameters(self, writer: gguf.GGUFWriter) -> None:
         """Add the keys of the architecture, in the order of llama.cpp's converter."""
-        writer.add_block_count(self.count("num_hidden_layers"))
+        writer.add_block_count(self.n_layers)
         writer.add_context_length(self.count("max_position_embeddings"))
         writer.add_embedding_length(self.count("hidden_size"))
         writer.add_feed_forward_length(self.count("intermediate_size"))
@@ -133,7 +142,7 @@ class HfConfig:
             writer.add_value_length(self.head_dim)
         if "vocab_size" in self.family.extra_keys:
             writer.add_vocab_size(self.count("vocab_size"))
-        if "rope.dimension_count" in self.family.extra_keys or self.n_rot != self.head_dim:
+        if "rope.dimension_count" in self.family.extra_keys:
             writer.add_rope_dimension_count(self.n_rot)
         if self.rope_type == "linear":
             writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
@@ -158,8 +167,8 @@ class HfConfig:
         original_context = self.number(
             "original_max_position_embeddings", rope.get("original_max_position_embeddings", 8192)
         )
-        if factor <= 0 or not 0 < low < high:
-            raise KsortError(f"{self.path}: llama3 RoPE factors are out of range: expected factor > 0, 0 < low < high")
+        if low >= high:
+            raise KsortError(f"{self.path}: llama3 RoPE: low_freq_factor {low} is not below high_freq_factor {high}")
         exponents = np.arange(0, self.n_rot, 2, dtype=np.float32) / np.float32(self.n_rot)
         wavelengths = 2 * np.pi * np.float32(base) ** exponents
         smooth = np.clip((original_context / wavelengths - low) / (high - low), 0.0, 1.0)

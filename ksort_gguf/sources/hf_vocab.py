@@ -44,16 +44,14 @@ def add_vocabulary(writer: gguf.GGUFWriter, directory: Path, n_vocab: int, is_ll
     """
     tokenizer_json = directory / "tokenizer.json"
     if (directory / "tokenizer.model").is_file():
-        _add_score_bpe(writer, directory, _sentencepiece_vocab(directory, n_vocab))
+        _add_score_bpe(writer, _sentencepiece_vocab(directory, n_vocab))
+        _special_vocab(directory, load_merges=False, n_vocab=n_vocab).add_to_gguf(writer, quiet=True)
     elif tokenizer_json.is_file():
         tokenizer = read_json(tokenizer_json)
-        model = tokenizer.get("model") or {}
-        if model.get("type") != "BPE":
-            raise KsortError(f"{tokenizer_json}: tokenizer model {model.get('type')!r} is not supported (BPE is)")
-        if model.get("byte_fallback"):
-            _add_score_bpe(writer, directory, _byte_fallback_vocab(tokenizer, tokenizer_json, n_vocab))
-        else:
-            _add_byte_level_bpe(writer, directory, tokenizer, n_vocab)
+        try:
+            _add_tokenizer_json(writer, directory, tokenizer, n_vocab)
+        except (KeyError, TypeError, AttributeError) as error:  # a node of another kind than its place asks for
+            raise KsortError(f"{tokenizer_json}: is damaged ({error}): get it again") from None
     else:
         _refuse_other_tokenizers(directory)
         _LOG.warning("%s: no tokenizer files: the output has no vocabulary and takes token ids only", directory)
@@ -63,6 +61,19 @@ def add_vocabulary(writer: gguf.GGUFWriter, directory: Path, n_vocab: int, is_ll
         return
     if is_llama:
         _add_llama_keys(writer, directory, n_vocab)
+
+
+def _add_tokenizer_json(writer: gguf.GGUFWriter, directory: Path, tokenizer: dict, n_vocab: int) -> None:
+    """The tokenizer that a parsed tokenizer.json describes. Raises what dict access does if it is malformed."""
+    file = directory / "tokenizer.json"
+    model = tokenizer.get("model") or {}
+    if model.get("type") != "BPE":
+        raise KsortError(f"{file}: tokenizer model {model.get('type')!r} is not supported (BPE is)")
+    if model.get("byte_fallback"):
+        _add_score_bpe(writer, _byte_fallback_vocab(tokenizer, file, n_vocab))
+        _add_special_vocab(writer, _special_vocab(directory, load_merges=False, n_vocab=n_vocab))
+    else:
+        _add_byte_level_bpe(writer, directory, tokenizer, n_vocab)
 
 
 def _refuse_other_tokenizers(directory: Path) -> None:
@@ -84,17 +95,16 @@ def _add_byte_level_bpe(writer: gguf.GGUFWriter, directory: Path, tokenizer: dic
     writer.add_tokenizer_pre(pre_tokenizer_name(tokenizer, str(file)))
     writer.add_token_list(vocab.texts)
     writer.add_token_types(vocab.types)
-    _special_vocab(directory, load_merges=True).add_to_gguf(writer, quiet=True)
+    _add_special_vocab(writer, _special_vocab(directory, load_merges=True))
 
 
-def _add_score_bpe(writer: gguf.GGUFWriter, directory: Path, vocab: _Vocab) -> None:
+def _add_score_bpe(writer: gguf.GGUFWriter, vocab: _Vocab) -> None:
     """tokenizer.ggml.model "llama": SentencePiece's BPE, which merges by score."""
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
     writer.add_token_list(vocab.texts)
     writer.add_token_scores(vocab.scores)
     writer.add_token_types(vocab.types)
-    _special_vocab(directory, load_merges=False, n_vocab=len(vocab.texts)).add_to_gguf(writer, quiet=True)
 
 
 def _special_vocab(directory: Path, load_merges: bool, n_vocab: int | None = None) -> gguf.SpecialVocab:
@@ -103,6 +113,16 @@ def _special_vocab(directory: Path, load_merges: bool, n_vocab: int | None = Non
         return gguf.SpecialVocab(directory, load_merges=load_merges, n_vocab=n_vocab)
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise KsortError(f"{directory}: the tokenizer's files are damaged ({error}): get them again") from None
+
+
+def _add_special_vocab(writer: gguf.GGUFWriter, special: gguf.SpecialVocab) -> None:
+    """Add special tokens, templates and merges that go with a tokenizer.json.
+
+    If nothing in the directory asks for BOS, transformers adds none; that is said, since the default of some GGUF
+    tokenizers is to add it.
+    """
+    special.add_special_token.setdefault("bos", False)
+    special.add_to_gguf(writer, quiet=True)
 
 
 def _add_llama_keys(writer: gguf.GGUFWriter, directory: Path, n_vocab: int) -> None:

@@ -42,7 +42,7 @@ class Checkpoint:
         try:
             handle = open(path, "rb", buffering=0)  # noqa: SIM115 (closed by close)
         except OSError as error:
-            raise KsortError(f"{path}: cannot be read: {error.strerror}") from None
+            raise KsortError(f"{path}: cannot be read ({error.strerror}): get the file again") from None
         self._files.append(handle)
         file_bytes = path.stat().st_size
         header, data_start = _read_header(path, handle, file_bytes)
@@ -67,9 +67,9 @@ def _shards(directory: Path) -> dict[str, list[str] | None]:
         return {_SINGLE: None}
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        shards: dict[str, list[str] | None] = {shard: [] for shard in sorted(set(weight_map.values()))}
+        shards: dict[str, list[str] | None] = {str(shard): [] for shard in sorted(set(weight_map.values()))}
         for name, shard in weight_map.items():
-            shards[shard].append(name)
+            shards[str(shard)].append(name)
     except (ValueError, KeyError, TypeError, AttributeError):
         raise KsortError(f"{index}: is not a safetensors index: get it again") from None
     return shards

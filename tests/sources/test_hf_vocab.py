@@ -19,7 +19,7 @@ def test_unknown_pre_tokenizer_is_named():
 
 
 def test_byte_level_vocabulary(tmp_path: Path, rng):
-    """Catches token types lost, ids out of order, unfilled ids, and merges given as pairs."""
+    """Catches token types lost, ids out of order, unfilled ids, merges given as pairs, BOS that no one asked for."""
     directory = write_checkpoint(tmp_path / "m", LLAMA, random_weights(rng))
     digits = {"type": "Digits", "individual_digits": True}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
@@ -38,6 +38,7 @@ def test_byte_level_vocabulary(tmp_path: Path, rng):
     assert len(metadata["tokenizer.ggml.tokens"]) == N_VOCAB
     assert metadata["tokenizer.ggml.merges"] == ["a b"]
     assert metadata["tokenizer.ggml.bos_token_id"] == 3
+    assert metadata["tokenizer.ggml.add_bos_token"] is False
     assert metadata["tokenizer.chat_template"] == "{{ x }}"
 
 
@@ -87,6 +88,13 @@ def test_no_tokenizer_is_said(tmp_path: Path, rng, caplog):
         ("tokenizer.json", '{"model": {"type": "BPE", "vocab": {"a": 99}}}', "'a' has id 99, but vocab_size"),
         ("tekken.json", "{}", r"tekken\.json: this form of tokenizer is not supported"),
         ("tokenizer.model", "nothing", r"tokenizer\.model: is not a SentencePiece model"),
+        ("tokenizer.json", '{"model": {"type": "BPE", "vocab": null}}', "tokenizer.json: is damaged"),
+        ("tokenizer.json", '{"model": "BPE"}', "tokenizer.json: is damaged"),
+        (
+            "tokenizer.json",
+            '{"model": {"type": "BPE"}, "added_tokens": [{"content": "x"}]}',
+            "tokenizer.json: is damaged",
+        ),
     ],
 )
 def test_damaged_tokenizer_is_one_line(tmp_path: Path, rng, file: str, text: str, message: str):

@@ -205,6 +205,10 @@ def drop(metadata: dict, key: str) -> dict:
         (byte_metadata() | {"tokenizer.ggml.merges": ["a x"]}, "'a x', which the vocabulary lacks"),
         (byte_metadata() | {"tokenizer.ggml.token_type": [1]}, "token_type has 1 entries"),
         (score_metadata(LETTERS) | {"tokenizer.ggml.scores": [0.0]}, "scores has 1 entries"),
+        (byte_metadata(bos_token_id="x"), "bos_token_id is 'x', expected an integer"),
+        (byte_metadata(add_bos_token="false"), "add_bos_token is 'false', expected true or false"),
+        (byte_metadata(token_type="x"), "token_type is 'x', expected an array of numbers"),
+        (byte_metadata() | {"tokenizer.ggml.merges": [1]}, "merges is list, expected an array of strings"),
     ],
 )
 def test_broken_metadata_is_one_clear_line(metadata, said):

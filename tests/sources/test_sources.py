@@ -126,6 +126,10 @@ def test_unknown_tensor_type_names_the_tensor(stock_gguf: Path):
         ({"llama.rope.scaling.type": string("yarn")}, "'yarn' is not supported"),
         ({"llama.attention.layer_norm_rms_epsilon": string("x")}, "rms_epsilon is 'x'"),
         ({"general.architecture": string("ksort-llama")}, r"missing key ksort-llama\."),
+        ({"llama.block_count": uint32(2**32 - 1)}, "at most 1024"),
+        ({"llama.rope.freq_base": encode(0.0, _Value.FLOAT32)}, r"rope\.freq_base is 0"),
+        ({"llama.attention.sliding_window": encode(float("nan"), _Value.FLOAT32)}, "sliding_window is nan"),
+        ({"ksort.format_version": string("1")}, "format_version is '1', expected an integer"),
     ],
 )
 def test_models_that_cannot_run_are_refused(stock_gguf: Path, tmp_path: Path, values: dict, message: str):
@@ -188,6 +192,15 @@ def test_shards_give_what_one_file_gives(tmp_path: Path, rng):
         ({"num_hidden_layers": 3}, r"blk\.2\.attn_norm\.weight is missing"),
         ({"num_hidden_layers": 1}, r"model\.layers\.1\..* no place"),
         ({"rms_norm_eps": None}, "rms_norm_eps"),
+        ({"num_hidden_layers": 10**9}, "at most 1024"),
+        ({"max_position_embeddings": 10**12}, "max_position_embeddings"),
+        ({"intermediate_size": 49}, r"ffn_gate\.weight has shape \[48, 128\].* \[49, 128\]"),
+        ({"head_dim": 33}, "head dimension 33 is odd"),
+        ({"rope_parameters": "linear"}, "RoPE parameters 'linear'"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "one set for all layers"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 0.0}}, "factor is 0.0"),
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": -3}, "sliding_window is -3"),
+        ({"sliding_window": 32, "layer_types": ["full_attention", "sliding_attention"]}, "1 of 2 layers"),
     ],
 )
 def test_config_that_does_not_fit_is_one_line(tmp_path: Path, rng, change: dict, message: str):
@@ -217,6 +230,31 @@ def test_tensor_without_a_place_is_refused_by_name(tmp_path: Path, rng):
     weights["model.layers.0.mlp.up_proj.bias"] = np.zeros(48, np.float32)
     with pytest.raises(KsortError, match=r"mlp\.up_proj\.bias has no place"):
         open_hf(write_checkpoint(tmp_path / "m", LLAMA, weights))
+
+
+def test_misshapen_tensor_is_refused_by_name(tmp_path: Path, rng):
+    """Catches converting weights of another shape than config.json says, which only loading the result would notice."""
+    weights = random_weights(rng)
+    weights["model.layers.1.mlp.up_proj.weight"] = np.zeros((48, 127), np.float32)
+    with pytest.raises(KsortError, match=r"blk\.1\.ffn_up\.weight has shape \[48, 127\].* \[48, 128\]"):
+        open_hf(write_checkpoint(tmp_path / "m", LLAMA, weights))
+
+
+def test_index_of_other_things_than_names_is_one_line(tmp_path: Path, rng):
+    """Catches a traceback for a weight_map whose values are no file names."""
+    directory = write_checkpoint(tmp_path / "m", LLAMA, random_weights(rng), n_shards=2)
+    (directory / "model.safetensors.index.json").write_text('{"weight_map": {"a": 3}}')
+    with pytest.raises(KsortError, match=r"/3: cannot be read"):
+        open_hf(directory)
+
+
+def test_partial_rotary_factor_is_ignored(tmp_path: Path, rng):
+    """Catches rotating half of a head where transformers' Llama, which ignores the key, rotates all of it."""
+    rope = {**LLAMA["rope_parameters"], "partial_rotary_factor": 0.5}
+    weights = random_weights(rng)
+    partial = open_hf(write_checkpoint(tmp_path / "m", {**LLAMA, "rope_parameters": rope}, weights))
+    assert partial.geometry.n_rot == HEAD_DIM
+    assert "llama.rope.dimension_count" in partial.metadata
 
 
 def test_missing_output_is_an_error_unless_tied(tmp_path: Path, rng):

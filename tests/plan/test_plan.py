@@ -12,7 +12,7 @@ from ksort_gguf.errors import KsortError
 from ksort_gguf.families import Geometry
 from ksort_gguf.families.rope import folded_tables, stock_tables
 from ksort_gguf.plan.fold import fold_rows, inverse_order
-from ksort_gguf.plan.plan_file import check_plan, read_plan, write_plan
+from ksort_gguf.plan.plan_file import check_plan, plan_of, plan_values, read_plan, write_plan
 from ksort_gguf.plan.rank import effective_energies, make_plan, weight_energies
 from ksort_gguf.sources.hf import open_hf
 
@@ -139,6 +139,15 @@ def test_damaged_order_is_refused(qwen, tmp_path: Path):
     write_plan(tmp_path / "p.gguf", plan)
     with pytest.raises(KsortError, match=r"ksort\.blk\.1\.order is not a permutation"):
         read_plan(tmp_path / "p.gguf")
+
+
+def test_plan_without_a_version_is_refused(qwen):
+    """Catches a file of an unknown format taken for one of this version."""
+    plan = make_plan(qwen)
+    metadata = {key: value.decode() for key, value in plan_values(plan).items()}
+    del metadata["ksort.format_version"]
+    with pytest.raises(KsortError, match=r"ksort\.format_version is missing"):
+        plan_of(metadata, {}, "p.gguf")
 
 
 def test_nan_in_projection_is_named(tmp_path: Path, rng):
