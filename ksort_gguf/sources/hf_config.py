@@ -106,7 +106,7 @@ class HfConfig:
 
     @property
     def window(self) -> int:
-        """Sliding attention window in tokens, 0 for none. Raises KsortError where some layers alone have one that counts."""
+        """Sliding attention window in tokens, 0 for none. Raises KsortError if it counts and not all layers have it."""
         window = self.count("sliding_window") if self._config.get("sliding_window") else 0
         layer_types = self._config.get("layer_types")
         if self.architecture == "MistralForCausalLM" and layer_types is None:
