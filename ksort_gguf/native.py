@@ -146,6 +146,14 @@ class Pool:
         self.workspace = aligned_buffer(n_bytes)
         self.workspace_pointer = self._binding.array("void *", self.workspace)
 
+    def linear(self, weights: "Weights", x_address: int, y_address: int, n_rows: int) -> None:
+        """y = x W^T + bias over all threads: x float32 [n_rows, n_in], y float32 [n_rows, n_out], both contiguous."""
+        args, cast, floats = weights.struct, self._binding.ffi.cast, self._binding.float_pointer
+        args.x, args.y, args.n_rows = cast(floats, x_address), cast(floats, y_address), n_rows
+        status = self._binding.lib.ksort_pool_linear(self.handle, args)
+        if status:
+            self._binding.check(status)
+
     def close(self) -> None:
         """End the threads. Closing twice does nothing; a pool that nobody refers to closes itself."""
         if self.handle != self._binding.ffi.NULL:
@@ -157,6 +165,22 @@ class Pool:
 
     def __exit__(self, *exception) -> None:
         self.close()
+
+
+class Weights:
+    """A matrix [n_out, n_in] in f32, f16 or bf16, rows contiguous, with an optional float32 bias [n_out].
+
+    For Pool.linear. Both are given by their addresses; the caller keeps their memory alive.
+    """
+
+    def __init__(self, type_name: str, n_out: int, n_in: int, address: int, bias_address: int | None = None):
+        binding = _binding()
+        self.struct = args = binding.new("ksort_linear_args")
+        args.type, args.n_out, args.n_in = CACHE_TYPES[type_name].native_id, n_out, n_in
+        args.x_row_stride, args.y_row_stride = n_in, n_out
+        args.weights = binding.ffi.cast("void *", address)
+        if bias_address is not None:
+            args.bias = binding.ffi.cast(binding.float_pointer, bias_address)
 
 
 class Cache:

@@ -44,11 +44,11 @@ class _Angles:
 class _Layer:
     """One block's matrices, callable on float32 activations."""
 
-    def __init__(self, w: LayerWeights):
+    def __init__(self, pool: native.Pool, w: LayerWeights):
         self.attn_norm, self.ffn_norm = w.attn_norm, w.ffn_norm
-        self.qkv = Linear(w.qkv, w.qkv_bias)
-        self.attn_output = Linear(w.attn_output, w.attn_output_bias)
-        self.gate_up, self.down = Linear(w.gate_up), Linear(w.down)
+        self.qkv = Linear(pool, w.qkv, w.qkv_bias)
+        self.attn_output = Linear(pool, w.attn_output, w.attn_output_bias)
+        self.gate_up, self.down = Linear(pool, w.gate_up), Linear(pool, w.down)
 
 
 class Model:
@@ -61,12 +61,12 @@ class Model:
         self.geometry = geometry
         self.n_vocab = weights.output.shape[0]
         self._embedding = weights.embedding
-        self._layers = [_Layer(w) for w in weights.layers]
-        self._output_norm, self._output = weights.output_norm, Linear(weights.output)
+        self.n_threads = n_threads
+        self._pool = pool = native.Pool(n_threads)
+        self._layers = [_Layer(pool, w) for w in weights.layers]
+        self._output_norm, self._output = weights.output_norm, Linear(pool, weights.output)
         self._angles = _Angles(geometry, weights.rope_factors)
         self._rope = [_layer_tables(family, geometry, plan, layer) for layer in range(geometry.n_layers)]
-        self.n_threads = n_threads
-        self._pool = native.Pool(n_threads)
         torch.set_num_threads(n_threads)
 
     def start(self, options: CacheOptions, n_ctx: int) -> "Sequence":
@@ -158,9 +158,7 @@ class Sequence:
             if skip < len(part):
                 tail.append(self.model.logits(hidden[max(skip, 0) :]))
         logits = torch.cat(tail) if len(tail) > 1 else tail[0]
-        if not math.isfinite(logits.sum()):
-            raise KsortError(
-                "the model's logits are not finite: its activations overflow f16, convert it with --outtype bf16 or f32"
-            )
+        if not np.isfinite(logits.numpy().sum()):  # one thread: torch would wake all of them
+            raise KsortError("the model's logits are not finite: its arithmetic overflows, or its weights are damaged")
         self.cache.n_tokens = first + len(tokens)
         return logits

@@ -176,10 +176,30 @@ ksort_status ksort_attend_workspace_bytes(const ksort_attend_args *args, uint32_
 ksort_status ksort_attend(const ksort_attend_args *args, uint32_t ith, uint32_t nth);
 ksort_status ksort_attend_merge(const ksort_attend_args *args, uint32_t ith, uint32_t nth);
 
+/* y = x W^T + bias for few rows: the matrix product of a decode step, which is bound by reading the weights once.
+ * Products and sums are float32, whatever the weights' type; an output is summed by one part, in an order that depends on
+ * the kernel level and n_in alone. NaN and infinity are not looked for: they go through as in any float arithmetic. */
+typedef struct ksort_linear_args {
+    size_t struct_size;
+    const void *weights; /* [n_out, n_in], rows contiguous */
+    const float *bias;   /* [n_out], or NULL */
+    const float *x;      /* [n_rows, n_in] */
+    float *y;            /* [n_rows, n_out] */
+    size_t x_row_stride; /* floats between rows, at least n_in */
+    size_t y_row_stride; /* floats between rows, at least n_out */
+    size_t n_out;
+    size_t n_in;
+    uint32_t n_rows;
+    uint32_t type;       /* of the weights: KSORT_F32, KSORT_F16 or KSORT_BF16 */
+} ksort_linear_args;
+
+/* Returns KSORT_OK, _ARGUMENT, _STRUCT_SIZE, _TYPE, _KERNELS. */
+ksort_status ksort_linear(const ksort_linear_args *args, uint32_t ith, uint32_t nth);
+
 /* Optional threads for callers without their own. A pool may be used by one thread at a time. */
 typedef struct ksort_pool ksort_pool;
 
-/* Starts n_threads - 1 threads (the caller is the last one). Returns KSORT_OK, _ARGUMENT, _THREADS. */
+/* Starts n_threads - 1 threads (the caller is the last one), n_threads at most 65535. Returns KSORT_OK, _ARGUMENT, _THREADS. */
 ksort_status ksort_pool_create(uint32_t n_threads, ksort_pool **pool);
 
 /* Ends the threads and frees the pool. NULL is allowed. */
@@ -192,6 +212,9 @@ void ksort_pool_destroy(ksort_pool *pool);
  * the statuses that are not KSORT_OK, if several parts find different ones. */
 ksort_status ksort_pool_step(ksort_pool *pool, const ksort_pack_args *k, const ksort_pack_args *v,
                              const ksort_attend_args *attend);
+
+/* ksort_linear over all threads. Returns KSORT_OK, _ARGUMENT for a NULL pool, or what ksort_linear returns. */
+ksort_status ksort_pool_linear(ksort_pool *pool, const ksort_linear_args *args);
 
 #ifdef __cplusplus
 }

@@ -32,6 +32,7 @@ static void fill_table(enum level level)
         .scores_float = ksort_scalar_scores_float,
         .softmax_tile = ksort_scalar_softmax_tile,
         .accumulate = ksort_scalar_accumulate,
+        .linear = ksort_scalar_linear,
     };
     table_is_set = true;
     if (level == LEVEL_SCALAR)
@@ -46,6 +47,7 @@ static void fill_table(enum level level)
     table.scores_float = ksort_avx2_scores_float;
     table.softmax_tile = ksort_avx2_softmax_tile;
     table.accumulate = ksort_avx2_accumulate;
+    table.linear = ksort_avx2_linear;
     if (level == LEVEL_AVX2)
         return;
 
@@ -58,6 +60,7 @@ static void fill_table(enum level level)
     table.scores_float = ksort_avx512_scores_float;
     table.softmax_tile = ksort_avx512_softmax_tile;
     table.accumulate = ksort_avx512_accumulate;
+    table.linear = ksort_avx512_linear;
     if (level == LEVEL_AVX512BW)
         return;
 

@@ -56,6 +56,21 @@ struct tile_span {
 typedef void score_function(const struct tile_span *keys, const struct query_rows *queries,
                             float (*scores)[KSORT_TILE_TOKENS]);
 
+#define LINEAR_ROWS 4 /* rows of x that share each load of a weight */
+
+/* Some outputs of a matrix product: y[r][o] = sum over i of weights[o][i] * x[r][i]. */
+struct linear_block {
+    const void *weights; /* [n_out, n_in] */
+    const float *x;
+    float *y;
+    size_t x_row_stride; /* floats */
+    size_t y_row_stride; /* floats */
+    size_t n_out;        /* may be 0 */
+    size_t n_in;
+    uint32_t n_rows; /* 1 to LINEAR_ROWS */
+    uint32_t type;   /* KSORT_F32, KSORT_F16 or KSORT_BF16 */
+};
+
 struct kernels {
     const char *level;
 
@@ -86,6 +101,8 @@ struct kernels {
      * accumulators [n_rows][stride], stride >= head_dim. */
     void (*accumulate)(const struct tile_span *values, uint32_t n_rows, const float (*weights)[KSORT_TILE_TOKENS],
                        const float *rescale, float *accumulators, size_t stride);
+
+    void (*linear)(const struct linear_block *block);
 };
 
 /* The table in use, or NULL if KSORT_KERNELS asks for what this CPU does not have. */

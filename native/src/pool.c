@@ -1,12 +1,14 @@
-/* The optional pool: n_threads - 1 threads and the caller do one layer's step together, in four phases:
+/* The optional pool: n_threads - 1 threads and the caller do one layer's step together, in four phases, or a matrix
+ * product in one:
  *
  *     check k, v, q  |  write k, v  |  attend  |  join cut units
+ *     linear
  *
- * A phase has n_threads parts. Any thread takes any part; the caller takes parts too, and goes on to the next phase as
+ * A phase of a step has n_threads parts, a product more. Any thread takes any part; the caller takes parts too, and goes on to the next phase as
  * soon as all are done. So it never waits for a thread to wake up, only for parts that a thread has begun: where all of
  * a step is shorter than a wake-up (100 us and more in virtual machines), the caller does it alone.
  *
- *     ticket, one atomic number:  | phase number, 32 bits | next part, 32 bits |
+ *     ticket, one atomic number:  | phase number, 32 bits | parts, 16 bits | next part, 16 bits |
  *
  * Taking a part is adding 1 to the ticket by compare-and-exchange, which fails if the phase has changed meanwhile.
  * Threads without a part spin for a moment, in case the next phase or layer comes at once, then sleep until the next
@@ -18,17 +20,21 @@
 #include <stdlib.h>
 
 #include "attend.h"
+#include "linear.h"
 #include "pack.h"
 
 /* Rounds of spinning before sleep: 10 to 50 us, by the processor's pause instruction. Longer than the phases of a short
  * step, much shorter than the matrix products between two steps. */
 #define SPIN_ROUNDS 500
 
-enum phase { PHASE_CHECK, PHASE_WRITE, PHASE_ATTEND, PHASE_JOIN, N_PHASES };
+#define MAX_THREADS 0xFFFFu /* parts have 16 bits of the ticket */
+
+enum phase { PHASE_CHECK, PHASE_WRITE, PHASE_ATTEND, PHASE_JOIN, PHASE_LINEAR, N_PHASES };
 
 struct step {
     struct pack_job pack[2];  /* k, v; args NULL: none */
     struct attend_job attend; /* args NULL: none */
+    struct linear_job linear;
 };
 
 struct ksort_pool {
@@ -84,9 +90,27 @@ static ksort_status run_part(const struct step *step, enum phase phase, uint32_t
         return write_part(step, part, n_parts);
     case PHASE_ATTEND:
         return ksort_attend_run(&step->attend, part, n_parts);
-    default:
+    case PHASE_JOIN:
         return ksort_attend_join(&step->attend, part, n_parts);
+    default:
+        ksort_linear_run(&step->linear, part, n_parts);
+        return KSORT_OK;
     }
+}
+
+static uint64_t ticket_of(uint32_t phase_number, uint32_t n_parts)
+{
+    return (uint64_t)phase_number << 32 | (uint64_t)n_parts << 16;
+}
+
+static uint32_t ticket_parts(uint64_t ticket)
+{
+    return (uint32_t)ticket >> 16;
+}
+
+static uint32_t ticket_part(uint64_t ticket)
+{
+    return (uint32_t)ticket & 0xFFFFu;
 }
 
 /* Takes and does one part of the current phase; false if none is left. */
@@ -94,11 +118,11 @@ static bool do_next_part(struct ksort_pool *pool)
 {
     uint64_t ticket = atomic_load(&pool->ticket);
     do {
-        if ((uint32_t)ticket >= pool->n_threads)
+        if (ticket_part(ticket) >= ticket_parts(ticket))
             return false;
     } while (!atomic_compare_exchange_weak(&pool->ticket, &ticket, ticket + 1));
     enum phase phase = (enum phase)((ticket >> 32) % N_PHASES);
-    ksort_status status = run_part(&pool->step, phase, (uint32_t)ticket, pool->n_threads);
+    ksort_status status = run_part(&pool->step, phase, ticket_part(ticket), ticket_parts(ticket));
     int ok = KSORT_OK;
     if (status != KSORT_OK)
         atomic_compare_exchange_strong(&pool->status, &ok, status);
@@ -145,22 +169,30 @@ static void wake_sleepers(struct ksort_pool *pool)
 }
 
 /* The caller's side of one phase. Returns the step's status so far. */
-static ksort_status run_phase(struct ksort_pool *pool, enum phase phase)
+static ksort_status run_phase(struct ksort_pool *pool, enum phase phase, uint32_t n_parts)
 {
     do
         pool->phase_number++;
     while (pool->phase_number % N_PHASES != phase);
     atomic_store(&pool->n_done, 0);
-    atomic_store(&pool->ticket, (uint64_t)pool->phase_number << 32);
+    atomic_store(&pool->ticket, ticket_of(pool->phase_number, n_parts));
     while (do_next_part(pool)) {
     }
-    for (int rounds = 0; atomic_load(&pool->n_done) < pool->n_threads; rounds++) {
+    for (int rounds = 0; atomic_load(&pool->n_done) < n_parts; rounds++) {
         if (rounds < SPIN_ROUNDS)
             spin_pause();
         else
             sched_yield(); /* a part takes long, or its thread lost its core: perhaps to this one */
     }
     return (ksort_status)atomic_load(&pool->status);
+}
+
+/* The step is set: tells the threads. */
+static void begin_step(struct ksort_pool *pool)
+{
+    atomic_store(&pool->status, KSORT_OK);
+    atomic_fetch_add(&pool->n_steps, 1);
+    wake_sleepers(pool);
 }
 
 ksort_status ksort_pool_step(ksort_pool *pool, const ksort_pack_args *k, const ksort_pack_args *v,
@@ -179,23 +211,32 @@ ksort_status ksort_pool_step(ksort_pool *pool, const ksort_pack_args *k, const k
         status = ksort_attend_prepare(attend, pool->n_threads, true, &step->attend);
     if (status != KSORT_OK)
         return status;
-    atomic_store(&pool->status, KSORT_OK);
-    atomic_fetch_add(&pool->n_steps, 1);
-    wake_sleepers(pool);
-    status = run_phase(pool, PHASE_CHECK);
+    begin_step(pool);
+    status = run_phase(pool, PHASE_CHECK, pool->n_threads);
     if (status == KSORT_OK && (k || v))
-        status = run_phase(pool, PHASE_WRITE);
+        status = run_phase(pool, PHASE_WRITE, pool->n_threads);
     if (status == KSORT_OK && attend)
-        status = run_phase(pool, PHASE_ATTEND);
+        status = run_phase(pool, PHASE_ATTEND, pool->n_threads);
     if (status == KSORT_OK && attend)
-        status = run_phase(pool, PHASE_JOIN);
+        status = run_phase(pool, PHASE_JOIN, pool->n_threads);
     return status;
+}
+
+ksort_status ksort_pool_linear(ksort_pool *pool, const ksort_linear_args *args)
+{
+    if (!pool)
+        return KSORT_ERR_ARGUMENT;
+    ksort_status status = ksort_linear_prepare(args, &pool->step.linear);
+    if (status != KSORT_OK)
+        return status;
+    begin_step(pool);
+    return run_phase(pool, PHASE_LINEAR, ksort_linear_parts(&pool->step.linear));
 }
 
 static bool init_pool(struct ksort_pool *pool, uint32_t n_threads)
 {
     pool->n_threads = n_threads;
-    atomic_init(&pool->ticket, n_threads); /* no part to take */
+    atomic_init(&pool->ticket, ticket_of(0, 0)); /* no part to take */
     pool->threads = calloc(n_threads, sizeof *pool->threads);
     if (!pool->threads)
         return false;
@@ -210,7 +251,7 @@ static bool init_pool(struct ksort_pool *pool, uint32_t n_threads)
 
 ksort_status ksort_pool_create(uint32_t n_threads, ksort_pool **pool)
 {
-    if (n_threads == 0 || !pool)
+    if (n_threads == 0 || n_threads > MAX_THREADS || !pool)
         return KSORT_ERR_ARGUMENT;
     struct ksort_pool *created = calloc(1, sizeof *created);
     if (!created)

@@ -1,4 +1,4 @@
-/* Packs, attends and unpacks random problems with unmapped pages directly before and after every buffer, so that a read
+/* Packs, attends, unpacks and multiplies random problems with unmapped pages directly before and after every buffer, so that a read
  * or write of one byte too many ends the program, in code that sanitizers do not instrument (intrinsics) as well.
  * usage: guard_pages ITERATIONS [SEED]; KSORT_KERNELS chooses the level. */
 #include <math.h>
@@ -146,6 +146,25 @@ static void attend(rng *r, const problem *p, const ksort_cache *k, const ksort_c
     guarded_free(q);
 }
 
+static void multiply(rng *r) {
+    uint32_t type = rng_between(r, KSORT_F32, KSORT_BF16), n_rows = rng_between(r, 1, 9), nth = rng_between(r, 1, 6);
+    size_t n_out = rng_between(r, 1, 70), n_in = rng_between(r, 1, 300);
+    int at_end = (int)rng_between(r, 0, 1);
+    size_t x_stride = n_in + rng_between(r, 0, 5), y_stride = n_out + rng_between(r, 0, 5);
+    guarded weights = guarded_new(n_out * n_in * (type == KSORT_F32 ? 4 : 2), at_end);
+    guarded bias = guarded_new(n_out * sizeof(float), at_end);
+    guarded x = guarded_new(strided_floats(n_rows, x_stride, n_in) * sizeof(float), at_end);
+    guarded y = guarded_new(strided_floats(n_rows, y_stride, n_out) * sizeof(float), at_end);
+    rng_floats(r, x.data, strided_floats(n_rows, x_stride, n_in));
+    ksort_linear_args args = {sizeof args, weights.data, bias.data, x.data, y.data, x_stride, y_stride,
+                              n_out, n_in, n_rows, type};
+    for (uint32_t ith = 0; ith < nth; ith++) CHECK_OK(ksort_linear(&args, ith, nth));
+    guarded_free(y);
+    guarded_free(x);
+    guarded_free(bias);
+    guarded_free(weights);
+}
+
 int main(int argc, char **argv) {
     long n_iterations = argc > 1 ? atol(argv[1]) : 100;
     rng r = {argc > 2 ? strtoull(argv[2], NULL, 10) | 1 : 1};
@@ -163,6 +182,7 @@ int main(int argc, char **argv) {
         free_rope(rope);
         guarded_free(v_memory);
         guarded_free(k_memory);
+        multiply(&r);
     }
     printf("guard_pages: %ld problems, kernels %s\n", n_iterations, ksort_kernels());
     return 0;

@@ -1,4 +1,4 @@
-/* Steps of random sizes on pools of 1 to 4 threads, each compared with the same parts run one after another. Built with
+/* Steps and products of random sizes on pools of 1 to 4 threads, each compared with the same parts run one after another. Built with
  * ThreadSanitizer it finds unsynchronized hand-overs; without, lost parts and lost wake-ups.
  * usage: pool_race STEPS */
 #include <unistd.h>
@@ -74,6 +74,20 @@ static void step_without_pool(layer *l, uint32_t nth) {
     for (uint32_t ith = 0; ith < nth; ith++) CHECK_OK(ksort_attend_merge(&l->attend, ith, nth));
 }
 
+/* A matrix product on the pool against the same in one part; large enough for several parts now and then. */
+static void multiply(rng *r, ksort_pool *pool) {
+    enum { MAX_OUT = 900, N_IN = 130 };
+    static float weights[MAX_OUT * N_IN], x[N_IN], pooled[MAX_OUT], plain[MAX_OUT];
+    size_t n_out = rng_between(r, 1, MAX_OUT);
+    rng_floats(r, weights, n_out * N_IN);
+    rng_floats(r, x, N_IN);
+    ksort_linear_args args = {sizeof args, weights, NULL, x, pooled, N_IN, MAX_OUT, n_out, N_IN, 1, KSORT_F32};
+    CHECK_OK(ksort_pool_linear(pool, &args));
+    args.y = plain;
+    CHECK_OK(ksort_linear(&args, 0, 1));
+    CHECK(memcmp(pooled, plain, n_out * sizeof(float)) == 0);
+}
+
 static void run_steps(rng *r, uint32_t n_threads, long n_steps) {
     static float qkv[MAX_STEP * ROW], waves[MAX_STEP * HEAD_DIM / 2];
     ksort_pool *pool = NULL;
@@ -91,6 +105,7 @@ static void run_steps(rng *r, uint32_t n_threads, long n_steps) {
             aim(layers[i], qkv, waves, slot, n_tokens);
             give_workspace(layers[i], n_threads);
         }
+        multiply(r, pool);
         CHECK_OK(ksort_pool_step(pool, &pooled->pack_k, &pooled->pack_v, &pooled->attend));
         step_without_pool(plain, n_threads);
         CHECK(memcmp(pooled->out, plain->out, (size_t)n_tokens * OUT_ROW * sizeof(float)) == 0);

@@ -18,5 +18,6 @@ float ksort_scalar_softmax_tile(float scores[KSORT_TILE_TOKENS], uint32_t begin,
 void ksort_scalar_accumulate(const struct tile_span *values, uint32_t n_rows,
                              const float (*weights)[KSORT_TILE_TOKENS], const float *rescale, float *accumulators,
                              size_t stride);
+void ksort_scalar_linear(const struct linear_block *block);
 
 #endif /* KSORT_SCALAR_H */

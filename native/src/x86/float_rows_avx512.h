@@ -7,7 +7,7 @@
 #include "x86/x86.h"
 
 /* Values i .. i+15 of a row; `lanes` says which exist, the others are 0. `type` is a constant. */
-ALWAYS_INLINE __m512 load_values(const void *row, const uint32_t type, uint32_t i, __mmask16 lanes)
+ALWAYS_INLINE __m512 load_values(const void *row, const uint32_t type, size_t i, __mmask16 lanes)
 {
     if (type == KSORT_F32)
         return _mm512_maskz_loadu_ps(lanes, (const float *)row + i);

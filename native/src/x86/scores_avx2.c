@@ -178,13 +178,6 @@ void ksort_avx2_scores_bfp_by_f32(const struct tile_span *keys, const struct que
     }
 }
 
-ALWAYS_INLINE float sum_of_lanes(__m256 x)
-{
-    __m128 half = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
-    half = _mm_hadd_ps(half, half);
-    return _mm_cvtss_f32(_mm_hadd_ps(half, half));
-}
-
 /* Tokens first_token and +1, rows first_row .. +n_rows-1. type and n_rows (up to 4) are constants. */
 ALWAYS_INLINE void scores_of_two_tokens(const struct tile_span *keys, const uint32_t type,
                                         const struct query_rows *queries, uint32_t first_row, const int n_rows,

@@ -49,13 +49,6 @@ ALWAYS_INLINE float largest_lane(__m256 x)
     return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
 }
 
-ALWAYS_INLINE float sum_of_lanes(__m256 x)
-{
-    __m128 half = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
-    half = _mm_add_ps(half, _mm_movehl_ps(half, half));
-    return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
-}
-
 float ksort_avx2_softmax_tile(float scores[KSORT_TILE_TOKENS], uint32_t begin, uint32_t end,
                               struct softmax_state *state)
 {

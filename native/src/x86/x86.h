@@ -22,6 +22,7 @@ float ksort_avx2_softmax_tile(float scores[KSORT_TILE_TOKENS], uint32_t begin, u
                               struct softmax_state *state);
 void ksort_avx2_accumulate(const struct tile_span *values, uint32_t n_rows, const float (*weights)[KSORT_TILE_TOKENS],
                            const float *rescale, float *accumulators, size_t stride);
+void ksort_avx2_linear(const struct linear_block *block);
 
 uint32_t ksort_avx512_max_magnitude(const float *x, size_t n);
 void ksort_avx512_round_bfp(const float *x, uint32_t head_dim, uint32_t block_size, uint32_t mantissa_bits,
@@ -34,6 +35,7 @@ float ksort_avx512_softmax_tile(float scores[KSORT_TILE_TOKENS], uint32_t begin,
 void ksort_avx512_accumulate(const struct tile_span *values, uint32_t n_rows,
                              const float (*weights)[KSORT_TILE_TOKENS], const float *rescale, float *accumulators,
                              size_t stride);
+void ksort_avx512_linear(const struct linear_block *block);
 
 score_function ksort_avx512vnni_scores_bfp_by_bfp;
 
