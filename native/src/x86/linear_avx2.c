@@ -7,6 +7,7 @@
  */
 #include "half.h"
 #include "x86/float_rows_avx2.h"
+#include "x86/linear_outputs.h"
 
 #define SUMS 4
 
@@ -37,24 +38,7 @@ ALWAYS_INLINE void output_at(const struct linear_block *block, const uint32_t ty
     }
 }
 
-ALWAYS_INLINE void linear_of_type(const struct linear_block *block, const uint32_t type)
-{
-    for (size_t o = 0; o < block->n_out; o++) {
-        switch (block->n_rows) {
-        case 1: output_at(block, type, o, 1); break;
-        case 2: output_at(block, type, o, 2); break;
-        case 3: output_at(block, type, o, 3); break;
-        default: output_at(block, type, o, 4);
-        }
-    }
-}
-
 void ksort_avx2_linear(const struct linear_block *block)
 {
-    if (block->type == KSORT_F32)
-        linear_of_type(block, KSORT_F32);
-    else if (block->type == KSORT_F16)
-        linear_of_type(block, KSORT_F16);
-    else
-        linear_of_type(block, KSORT_BF16);
+    linear_outputs(block, output_at);
 }
