@@ -3,7 +3,7 @@
  *     W row o   | 8| 8| 8| 8| 8| ...     4 sums of 8 lanes for each row of x (up to 4, in L1), which hide the
  *                                      multiply-add's latency even for one row; added up once an output
  *
- * Bytes moved: the block's weights once. Asking for them ahead of use gained nothing here.
+ * Bytes moved: the block's weights once.
  */
 #include "half.h"
 #include "x86/float_rows_avx2.h"

@@ -3,7 +3,7 @@
  *     W row o   |16|16|16|16|16| ...     4 sums of 16 lanes for each row of x (up to 4, in L1), which hide the
  *                                      multiply-add's latency even for one row; added up once an output
  *
- * Bytes moved: the block's weights once. Asking for them ahead of use gained nothing here.
+ * Bytes moved: the block's weights once.
  */
 #include "x86/float_rows_avx512.h"
 #include "x86/linear_outputs.h"
