@@ -14,7 +14,7 @@ def samples(rng, n: int, n_heads: int, head_dim: int) -> np.ndarray:
 
 
 def moments_of(k: np.ndarray, q: np.ndarray, v: np.ndarray | None = None) -> LayerMoments:
-    """The moments of k, v (default: k) [n, n_kv_heads, d] and q [n, n_heads, d], every token alike; all keys kept."""
+    """The moments of k, v (default: k) [n, n_kv_heads, d] and q [n, n_heads, d], every token alike and a sample."""
     v = k if v is None else v
     grouped = q.reshape(len(q), k.shape[1], -1, k.shape[2]).astype(np.float64)
     return LayerMoments(
@@ -24,6 +24,7 @@ def moments_of(k: np.ndarray, q: np.ndarray, v: np.ndarray | None = None) -> Lay
         v_mean=v.mean(axis=0, dtype=np.float64),
         v_second=second(v),
         keys=k,
+        values=v,
     )
 
 

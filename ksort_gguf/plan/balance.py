@@ -29,15 +29,18 @@ def key_transform(moments: LayerMoments, steps: tuple[str, ...], order: np.ndarr
     return _transform(steps, shift, variance, queries)
 
 
-def value_transform(moments: LayerMoments, output_weight: np.ndarray, steps: tuple[str, ...]) -> Transform:
-    """The transform of a layer's values: of `steps`, those that values take.
+def value_metric(output_weight: np.ndarray, n_kv_heads: int, head_dim: int) -> np.ndarray:
+    """What errors of values cost, float64 [n_kv_heads, d, d]. output_weight: Wo, float32 [n_embd, n_heads * d].
 
-    output_weight: Wo, float32 [n_embd, n_heads * d]. An error e of a value changes the layer's output by p Wo_g e for
-    each query head g, p being its attention weight: the metric is the sum of Wo_g^T Wo_g.
+    An error e of a value changes the layer's output by p Wo_g e for each query head g, p being its attention weight:
+    the metric is the sum of Wo_g^T Wo_g.
     """
-    n_kv_heads, head_dim = moments.v_mean.shape
     columns = output_weight.reshape(len(output_weight), n_kv_heads, -1, head_dim).transpose(1, 2, 3, 0)
-    metric = (columns @ columns.swapaxes(2, 3)).sum(axis=1, dtype=np.float64)  # [n_kv_heads, d, d]
+    return (columns @ columns.swapaxes(2, 3)).sum(axis=1, dtype=np.float64)
+
+
+def value_transform(moments: LayerMoments, metric: np.ndarray, steps: tuple[str, ...]) -> Transform:
+    """The transform of a layer's values for value_metric's `metric`: of `steps`, those that values take."""
     used = tuple(step for step in steps if step in VALUE_STEPS)
     return _transform(used, np.zeros_like(moments.v_mean), np.einsum("hcc->hc", moments.v_second), metric)
 

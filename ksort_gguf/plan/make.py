@@ -7,9 +7,9 @@ from tqdm import tqdm
 
 from ksort_gguf.cache_types import CALIBRATE_TOKENS, DEFAULT_RANK, RANKS, check_block_size, default_block_size
 from ksort_gguf.errors import KsortError
-from ksort_gguf.plan.balance import value_transform
+from ksort_gguf.plan.balance import key_transform, value_metric, value_transform
 from ksort_gguf.plan.calibrate import calibration_windows
-from ksort_gguf.plan.choose import best_transform, checked_order, relative_error
+from ksort_gguf.plan.choose import HARM, NO_GAIN, Trial, best_transform, checked_order
 from ksort_gguf.plan.kplan import RUN_TIME_STEPS, VALUE_STEPS, KPlan, Transform, Transforms, parse_plan
 from ksort_gguf.plan.moments import LayerMoments, moments_of_text
 from ksort_gguf.plan.rank import layer_order, weights_hash
@@ -34,7 +34,7 @@ def make_plan(
     block_size: int | None = None,
 ) -> tuple[KPlan, list[str]]:
     """A plan for a stock model, and notes on what was left out because it would have raised the expected error: at
-    worst everything, and the plan has no steps.
+    worst everything, and the plan has no steps. A note also says where a plan hardly helps.
 
     plan: as parse_plan takes it, not "none". rank: for the step order (None: DEFAULT_RANK). Without `calibration` the
     weights alone are used. `block_size` is what the check assumes (default: as default_block_size). Shows progress
@@ -52,18 +52,26 @@ def make_plan(
         raise KsortError(f"{source.path}: is folded already: make a plan from the stock model")
     check_invariance(source, steps)
     digest = weights_hash(source)
-    maker = _Maker(source, steps, rank, block_size or default)
-    statistics = maker.run(calibration)
+    maker = _Maker(source, steps, rank, calibration, block_size or default)
+    statistics = maker.run()
     notes = []
-    for left_out in (("rotate",), RUN_TIME_STEPS):
-        if maker.is_worse and set(left_out) & set(steps):
+    for left_out in (("rotate",), RUN_TIME_STEPS, ("order",)):
+        if maker.key_error > 1 and set(left_out) & set(steps):
             dropped = ", ".join(step for step in steps if step in left_out)
             notes.append(f"the plan is left without {dropped}: it would raise the expected error")
             name, steps = parse_plan(",".join(step for step in steps if step not in left_out) or "none")
-            maker = _Maker(source, steps, rank, maker.block_size)
-            statistics = maker.run(calibration)
-    if maker.is_worse:
-        notes.append("the expected error is larger than without a plan: compare both by `ksort-gguf perplexity`")
+            maker = _Maker(source, steps, rank, calibration, maker.block_size)
+            statistics = maker.run()
+    if steps and maker.key_error > NO_GAIN:
+        better = "" if calibration else "add --calibrate, which tells better, or "
+        notes.append(
+            f"the plan hardly helps, its expected error is {maker.key_error:.1%} of that without one: "
+            f"{better}compare both by `ksort-gguf perplexity`"
+        )
+    values = maker.values.result("rotate" in steps)
+    if values and maker.value_error > 1:
+        notes.append("values are left without a plan: it would raise the expected error")
+        values = Transforms()
     made = KPlan(
         name=name,
         steps=steps,
@@ -74,7 +82,7 @@ def make_plan(
         statistics=statistics,
         order=np.stack(maker.orders) if "order" in steps else None,
         keys=maker.keys.result("rotate" in steps),
-        values=maker.values.result("rotate" in steps),
+        values=values,
     )
     return made, notes + maker.notes
 
@@ -123,28 +131,48 @@ class _Tables:
 class _Maker:
     """Orders and transforms of all layers, one after another."""
 
-    def __init__(self, source: Source, steps: tuple[str, ...], rank: str, block_size: int):
-        self._source, self._steps, self._rank, self.block_size = source, steps, rank, block_size
+    def __init__(
+        self, source: Source, steps: tuple[str, ...], rank: str, calibration: Calibration | None, block_size: int
+    ):
+        self._source, self._steps, self._rank, self._calibration = source, steps, rank, calibration
+        self.block_size = block_size
         self.orders: list[np.ndarray] = []
         self.keys, self.values = _Tables(), _Tables()
-        self.notes: list[str] = []
-        self._errors: list[float] = []
+        self._notes: list[str] = []
+        self._unsorted: list[str] = []  # key heads, as layer.head
+        self._key_errors: list[float] = []
+        self._value_errors: list[float] = []
 
     @property
-    def is_worse(self) -> bool:
-        """Whether the expected error over all layers is larger than without a plan."""
-        return bool(np.mean(self._errors) > 1)
+    def key_error(self) -> float:
+        """The expected error of scores over all layers, 1 being that without a plan."""
+        return float(np.mean(self._key_errors))
 
-    def run(self, calibration: Calibration | None) -> str:
+    @property
+    def value_error(self) -> float:
+        """The same of what values add to the hidden state."""
+        return float(np.mean(self._value_errors)) if self._value_errors else 1.0
+
+    @property
+    def notes(self) -> list[str]:
+        """What was left out of single layers and heads."""
+        if not self._unsorted:
+            return self._notes
+        count = f"{len(self._unsorted)} of {self._source.geometry.n_kv_heads * len(self.orders)}"
+        heads = " ".join(self._unsorted)
+        note = f"{count} key heads are left unsorted: the expected error is smaller so (layer.head: {heads})"
+        return [note, *self._notes]
+
+    def run(self) -> str:
         """Make all layers. Returns what they were made from, for KPlan.statistics."""
         g = self._source.geometry
-        if calibration is None:
+        if self._calibration is None:
             with tqdm(total=g.n_layers, desc="planning", unit="layer", disable=None) as bar:
                 moments_of_weights(self._source, self.add, bar.update)
             return "weights"
-        window = min(g.context_length, MAX_POSITIONS, calibration.n_tokens)
-        metadata, file = self._source.metadata, str(self._source.path)
-        windows = calibration_windows(metadata, file, calibration.text, calibration.n_tokens, window)
+        text, n_tokens = self._calibration.text, self._calibration.n_tokens
+        window = min(g.context_length, MAX_POSITIONS, n_tokens)
+        windows = calibration_windows(self._source.metadata, str(self._source.path), text, n_tokens, window)
         with tqdm(total=g.n_layers * len(windows), desc="calibrating", unit="step", disable=None) as bar:
             moments_of_text(self._source, windows, self.add, bar.update)
         return f"text of {len(windows) * window} tokens in windows of {window}"
@@ -156,23 +184,38 @@ class _Maker:
                 f"{self._source.path}: layer {layer}: queries, keys or values are too large for float32: "
                 "the weights are damaged, get the model again"
             )
-        order = None
-        if "order" in self._steps:
-            ranked = layer_order(self._source, layer, self._rank, moments)
-            order, harmed = checked_order(moments, ranked, self.block_size)
-            self.orders.append(order)
-            if harmed:
-                heads = ", ".join(map(str, harmed))
-                self.notes.append(f"layer {layer}, key head {heads}: left unsorted: the expected error is smaller so")
+        trial = Trial(moments.keys, moments.q_second, self.block_size)
+        order = self._order(layer, moments, trial) if "order" in self._steps else None
         transform = None
         if set(self._steps) & set(RUN_TIME_STEPS):
-            transform, left_out = best_transform(moments, order, self._steps, self.block_size)
-            if left_out:
-                self.notes.append(
-                    f"layer {layer}: left without {', '.join(left_out)}: the expected error is smaller so"
-                )
+            transform, left_out = best_transform(
+                trial, order, self._steps, lambda steps: key_transform(moments, steps, order)
+            )
+            self._note_left_out(layer, "keys", left_out)
             self.keys.add(layer, transform)
-        if set(self._steps) & set(VALUE_STEPS):
-            output = self._source.tensor(f"blk.{layer}.attn_output.weight").read_finite_f32()
-            self.values.add(layer, value_transform(moments, output, self._steps))
-        self._errors.append(relative_error(moments, order, transform, self.block_size))
+        self._key_errors.append(trial.relative_error(order, transform))
+        if steps := tuple(step for step in self._steps if step in VALUE_STEPS):
+            self._add_values(layer, moments, steps)
+
+    def _order(self, layer: int, moments: LayerMoments, trial: Trial) -> np.ndarray:
+        ranked = layer_order(self._source, layer, self._rank, moments)
+        order, harmed = checked_order(trial, ranked, HARM["text" if self._calibration else "weights"])
+        self.orders.append(order)
+        self._unsorted += [f"{layer}.{head}" for head in harmed]
+        return order
+
+    def _add_values(self, layer: int, moments: LayerMoments, steps: tuple[str, ...]) -> None:
+        g = self._source.geometry
+        output = self._source.tensor(f"blk.{layer}.attn_output.weight").read_finite_f32()
+        metric = value_metric(output, g.n_kv_heads, g.head_dim)
+        trial = Trial(moments.values, metric, self.block_size)
+        transform, left_out = best_transform(trial, None, steps, lambda steps: value_transform(moments, metric, steps))
+        self._note_left_out(layer, "values", left_out)
+        self.values.add(layer, transform)
+        self._value_errors.append(trial.relative_error(None, transform))
+
+    def _note_left_out(self, layer: int, what: str, steps: list[str]) -> None:
+        if steps:
+            self._notes.append(
+                f"layer {layer}, {what}: left without {', '.join(steps)}: the expected error is smaller so"
+            )

@@ -13,7 +13,7 @@ import torch
 from ksort_gguf.plan.calibrate import observe_layers
 from ksort_gguf.sources.base import Source
 
-N_SAMPLES = 256  # keys of a layer that encoders are tried on
+N_SAMPLES = 256  # keys and values of a layer that encoders are tried on
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class LayerMoments:
     """Weighted means over tokens, float64, channels in stock row order; queries and keys after RoPE.
 
     k_mean, v_mean: [n_kv_heads, d]. k_second, v_second: E[x x^T], [n_kv_heads, d, d]. q_second: E[q q^T] summed over
-    the query heads that read the KV head. keys: samples, float32 [N_SAMPLES or fewer, n_kv_heads, d].
+    the query heads that read the KV head. keys, values: samples, float32 [N_SAMPLES or fewer, n_kv_heads, d].
     """
 
     k_mean: np.ndarray
@@ -30,6 +30,7 @@ class LayerMoments:
     v_mean: np.ndarray
     v_second: np.ndarray
     keys: np.ndarray
+    values: np.ndarray
 
     def is_finite(self) -> bool:
         """Whether nothing overflowed."""
@@ -56,7 +57,7 @@ def moments_of_text(
     Calls `progress` after each layer and window. Raises as observe_layers.
     """
     sums: list[torch.Tensor] = []
-    keys: list[np.ndarray] = []
+    samples: list[list[np.ndarray]] = [[], []]  # of keys and of values
     starts = np.cumsum([0, *map(len, windows)])
     stride = -(-starts[-1] // N_SAMPLES)
     total = sum(position_weights(np.arange(len(window))).sum() for window in windows)
@@ -64,16 +65,18 @@ def moments_of_text(
     def observe(layer: int, window: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         if window == 0:
             sums.clear()
-            keys.clear()
+            samples[:] = [], []
         weights = torch.from_numpy(position_weights(np.arange(len(k))))
         grouped = q.reshape(len(q), k.shape[1], -1, k.shape[2])
         parts = [_mean(k, weights), _second(k, weights), _second_of_group(grouped, weights)]
         parts += [_mean(v, weights), _second(v, weights)]
         sums[:] = [a + b for a, b in zip(sums, parts, strict=True)] if sums else parts
         first = (stride // 2 - starts[window]) % stride  # in the middle of strides: not always a window's first key
-        keys.append(k[first::stride].numpy().copy())
+        for found, x in zip(samples, (k, v), strict=True):
+            found.append(x[first::stride].numpy().copy())
         if window + 1 == len(windows):
-            on_layer(layer, LayerMoments(*(part.numpy() / total for part in sums), np.concatenate(keys)))
+            means = (part.numpy() / total for part in sums)
+            on_layer(layer, LayerMoments(*means, *map(np.concatenate, samples)))
 
     observe_layers(source, windows, observe, progress)
 

@@ -28,7 +28,7 @@ def moments_of_weights(source: Source, on_layer: OnLayer, progress: Callable[[],
     """
     hidden = _HiddenVariance(source)
     rotation = _Rotation(source)
-    random = np.random.default_rng(0)  # for sample keys
+    random = np.random.default_rng(0)  # for samples
     for layer in range(source.geometry.n_layers):
         on_layer(layer, _layer_moments(source, layer, hidden.attention_input(layer), rotation, random))
         hidden.add_layer(layer)
@@ -99,18 +99,22 @@ def _layer_moments(
     q_mean, q_covariance = projected("attn_q", g.n_heads)
     v_mean, v_covariance = projected("attn_v", g.n_kv_heads)
     q_second = rotation.second(q_covariance + _outer(q_mean))
-    normal = random.standard_normal((N_SAMPLES, g.n_kv_heads, g.head_dim))
-    jitter = np.trace(k_covariance, axis1=1, axis2=2)[:, None, None] * 1e-9 + np.finfo(np.float32).tiny
-    root = np.linalg.cholesky(k_covariance + jitter * np.eye(g.head_dim))
-    keys = rotation.turn(np.einsum("hcd,nhd->nhc", root, normal) + k_mean)
     return LayerMoments(
         k_mean=rotation.mean(k_mean),
         k_second=rotation.second(k_covariance + _outer(k_mean)),
         q_second=q_second.reshape(g.n_kv_heads, -1, g.head_dim, g.head_dim).sum(axis=1),
         v_mean=v_mean,
         v_second=v_covariance + _outer(v_mean),
-        keys=keys.astype(np.float32),
+        keys=rotation.turn(_normal_samples(k_mean, k_covariance, random)).astype(np.float32),
+        values=_normal_samples(v_mean, v_covariance, random).astype(np.float32),
     )
+
+
+def _normal_samples(mean: np.ndarray, covariance: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """[N_SAMPLES, heads, d] of the normal distributions with means [heads, d] and covariances [heads, d, d]."""
+    jitter = np.trace(covariance, axis1=1, axis2=2)[:, None, None] * 1e-9 + np.finfo(np.float32).tiny
+    root = np.linalg.cholesky(covariance + jitter * np.eye(mean.shape[1]))
+    return np.einsum("hcd,nhd->nhc", root, random.standard_normal((N_SAMPLES, *mean.shape))) + mean
 
 
 def _outer(mean: np.ndarray) -> np.ndarray:

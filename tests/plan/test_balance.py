@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from moments_support import moments_of, samples
 
-from ksort_gguf.plan.balance import DAMPING, SCALE_POWER, feedback_of, key_transform, value_transform
+from ksort_gguf.plan.balance import DAMPING, SCALE_POWER, feedback_of, key_transform, value_metric, value_transform
 from ksort_gguf.plan.kplan import RUN_TIME_STEPS
 from ksort_gguf.reference import decode_blocks, encode_transformed, restore_values, transform_keys, transform_queries
 
@@ -117,7 +117,8 @@ def test_value_feedback_meets_the_output_projection(rng, q, k, n_heads: int, ste
     """Catches columns of other heads, rows taken for columns, and errors measured before they are restored."""
     v = samples(rng, N, N_KV_HEADS, HEAD_DIM)
     output_weight = rng.standard_normal((48, n_heads * HEAD_DIM)).astype(np.float32)
-    transform = value_transform(moments_of(k, q[:, :n_heads], v), output_weight, steps)
+    found = value_metric(output_weight, N_KV_HEADS, HEAD_DIM)
+    transform = value_transform(moments_of(k, q[:, :n_heads], v), found, steps)
     assert transform.shift is None and (transform.scale is not None) == ("scale" in steps)
     errors = np.tile(np.eye(HEAD_DIM, dtype=np.float32)[:, None], (1, n_heads, 1))  # one a channel, in every head
     restored = restore_values(errors, transform).astype(np.float64)
@@ -131,7 +132,7 @@ def test_value_feedback_meets_the_output_projection(rng, q, k, n_heads: int, ste
 def test_values_follow_their_own_size(rng, q, k):
     """Catches values scaled as keys are."""
     v = samples(rng, N, N_KV_HEADS, HEAD_DIM)
-    transform = value_transform(moments_of(k, q, v), np.ones((8, N_HEADS * HEAD_DIM), np.float32), ("scale",))
+    transform = value_transform(moments_of(k, q, v), np.ones((N_KV_HEADS, HEAD_DIM, HEAD_DIM)), ("scale",))
     logs = np.log(transform.scale) + SCALE_POWER * np.log((v.astype(np.float64) ** 2).mean(axis=0))
     assert np.ptp(logs, axis=1) == pytest.approx(0, abs=1e-5)
 

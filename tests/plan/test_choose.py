@@ -7,8 +7,8 @@ import pytest
 from moments_support import moments_of, samples
 
 from ksort_gguf.plan.balance import key_transform
-from ksort_gguf.plan.choose import HARM, best_transform, checked_order, relative_error, score_errors
-from ksort_gguf.plan.kplan import RUN_TIME_STEPS
+from ksort_gguf.plan.choose import Trial, best_transform, checked_order
+from ksort_gguf.plan.kplan import RUN_TIME_STEPS, Transform
 from ksort_gguf.plan.moments import LayerMoments
 from ksort_gguf.reference import (
     decode_blocks,
@@ -29,6 +29,14 @@ def q(rng):
 @pytest.fixture
 def k(rng):
     return samples(rng, 60, N_KV_HEADS, HEAD_DIM)
+
+
+def trial_of(moments: LayerMoments) -> Trial:
+    return Trial(moments.keys, moments.q_second, BLOCK)
+
+
+def best_key_transform(moments: LayerMoments, steps: tuple[str, ...]) -> tuple[Transform, list[str]]:
+    return best_transform(trial_of(moments), None, steps, lambda some: key_transform(moments, some, None))
 
 
 def orders(rng) -> np.ndarray:
@@ -62,19 +70,19 @@ def test_expected_error_is_that_of_scores(rng, q, k, sort: bool, steps):
         stored = decode_blocks(*encode_transformed(new_k, 4, BLOCK, transform.feedback), 4, BLOCK)
     expected = brute_force(new_q, new_k, stored)
     assert (expected > 0).all()
-    assert score_errors(moments, order, transform, BLOCK) == pytest.approx(expected, rel=1e-3)
+    assert trial_of(moments).errors(order, transform) == pytest.approx(expected, rel=1e-3)
 
 
 def test_heads_count_alike(rng, q, k):
     """Catches a head of large scores that hides what a plan does to the others, and division by a head of no error."""
     moments = moments_of(k, q)
     order = orders(rng)
-    ratios = score_errors(moments, order, None, BLOCK) / score_errors(moments, None, None, BLOCK)
-    assert relative_error(moments, order, None, BLOCK) == pytest.approx(ratios.mean())
+    ratios = trial_of(moments).errors(order, None) / trial_of(moments).errors(None, None)
+    assert trial_of(moments).relative_error(order, None) == pytest.approx(ratios.mean())
     loud = replace(moments, q_second=moments.q_second * np.array([1e6, 1])[:, None, None])
-    assert relative_error(loud, order, None, BLOCK) == pytest.approx(ratios.mean())
+    assert trial_of(loud).relative_error(order, None) == pytest.approx(ratios.mean())
     silent = replace(moments, q_second=moments.q_second * np.array([0, 1])[:, None, None])
-    assert relative_error(silent, order, None, BLOCK) == pytest.approx((1 + ratios[1]) / 2)
+    assert trial_of(silent).relative_error(order, None) == pytest.approx((1 + ratios[1]) / 2)
 
 
 def test_heads_that_an_order_harms_stay_unsorted(rng, q):
@@ -84,21 +92,22 @@ def test_heads_that_an_order_harms_stay_unsorted(rng, q):
     k = (sizes * rng.standard_normal((60, N_KV_HEADS, HEAD_DIM))).astype(np.float32)
     q = rng.standard_normal(q.shape) / np.repeat(sizes, N_HEADS // N_KV_HEADS, axis=0)
     mixed = np.tile(np.argsort(np.arange(HEAD_DIM) % 2, kind="stable"), (N_KV_HEADS, 1)).astype(np.int32)
-    moments = moments_of(k, q)
-    errors = [score_errors(moments, order, None, BLOCK) for order in (mixed, None)]
-    assert errors[0][0] > HARM * errors[1][0] and errors[0][1] < errors[1][1]
-    order, harmed = checked_order(moments, mixed, BLOCK)
+    trial = trial_of(moments_of(k, q))
+    ratios = trial.errors(mixed, None) / trial.errors(None, None)
+    assert ratios[0] > 1 > ratios[1]
+    order, harmed = checked_order(trial, mixed, 1.0)
     assert harmed == [0] and order.dtype == np.int32
     assert np.array_equal(order, [np.arange(HEAD_DIM), mixed[1]])
+    assert checked_order(trial, mixed, 1.01 * ratios[0])[1] == []
 
 
 def test_what_helps_stays_whole(q, k):
     """Catches steps left out of layers that they serve."""
     moments = moments_of(k, q)
-    transform, left_out = best_transform(moments, None, RUN_TIME_STEPS, BLOCK)
+    transform, left_out = best_key_transform(moments, RUN_TIME_STEPS)
     assert left_out == [] and transform.rotate
     assert all(getattr(transform, name) is not None for name in ("shift", "scale", "feedback"))
-    assert relative_error(moments, None, transform, BLOCK) < 1
+    assert trial_of(moments).relative_error(None, transform) < 1
 
 
 def even_moments(rng, q) -> LayerMoments:
@@ -110,9 +119,9 @@ def test_a_shift_that_hurts_is_left_out(rng, q):
     """Catches a check that never fires: text whose keys lie elsewhere than the keys that are tried."""
     moments = even_moments(rng, q)
     moments = replace(moments, k_mean=moments.k_mean + 40 * rng.standard_normal(moments.k_mean.shape))
-    transform, left_out = best_transform(moments, None, ("shift", "rotate", "feedback"), BLOCK)
+    transform, left_out = best_key_transform(moments, ("shift", "rotate", "feedback"))
     assert left_out == ["shift"] and transform.shift is None and transform.feedback is not None
-    assert relative_error(moments, None, transform, BLOCK) < 1
+    assert trial_of(moments).relative_error(None, transform) < 1
 
 
 def test_what_is_left_is_made_for_what_is_left(rng, q):
@@ -121,7 +130,7 @@ def test_what_is_left_is_made_for_what_is_left(rng, q):
     second = moments.k_second.copy()
     second[:, range(0, HEAD_DIM, 2), range(0, HEAD_DIM, 2)] *= 1e-5
     moments = replace(moments, k_second=second)
-    transform, left_out = best_transform(moments, None, ("scale", "feedback"), BLOCK)
+    transform, left_out = best_key_transform(moments, ("scale", "feedback"))
     assert left_out == ["scale"]
     assert np.array_equal(transform.feedback, key_transform(moments, ("feedback",), None).feedback)
 
@@ -133,7 +142,7 @@ def test_all_that_hurts_together_goes_together(rng, q):
     moments = moments_of(k, q)
     second = moments.k_second * rng.uniform(0.001, 1, moments.k_second.shape)
     moments = replace(moments, k_mean=moments.k_mean * rng.uniform(2, 9, moments.k_mean.shape), k_second=second)
-    transform, left_out = best_transform(moments, None, ("shift", "scale"), BLOCK)
+    transform, left_out = best_key_transform(moments, ("shift", "scale"))
     assert left_out == ["shift", "scale"]
     assert transform.shift is transform.scale is transform.feedback is None
-    assert relative_error(moments, None, transform, BLOCK) == pytest.approx(1)
+    assert trial_of(moments).relative_error(None, transform) == pytest.approx(1)
