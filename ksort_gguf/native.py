@@ -10,14 +10,15 @@ import functools
 import numpy as np
 from cffi import FFI
 
-from ksort_gguf import native_files
+from ksort_gguf import native_files, native_structs
 from ksort_gguf.cache_types import CACHE_TYPES
 from ksort_gguf.errors import KsortError
 from ksort_gguf.families.rope import RopeTables
 from ksort_gguf.native_status import LEVELS, user_error
+from ksort_gguf.native_structs import ALIGNMENT, Rope, TransformTables, aligned_buffer
 from ksort_gguf.plan.kplan import Transform
 
-ALIGNMENT = 64  # bytes; KSORT_ALIGNMENT
+PARTS = ("k", "v", "attend")  # of a LayerStep: pack keys, pack values, attend
 
 _FLOAT_BYTES = 4
 
@@ -47,6 +48,12 @@ class _Binding:
     def array(self, ctype: str, values: np.ndarray):
         """A pointer `ctype` to a contiguous array's memory; the caller keeps the array alive."""
         return self.ffi.cast(ctype, values.ctypes.data)
+
+    def size(self, call, *args) -> int:
+        """What `call` stores through its last argument, a size_t *, behind `args`. Raises as check."""
+        size = self.ffi.new("size_t *")
+        self.check(call(*args, size))
+        return size[0]
 
     def check(self, status: int, where: str = "") -> None:
         """Raise for any status but KSORT_OK: KsortError where the user can act, ValueError for a programming error."""
@@ -90,26 +97,11 @@ def available_levels() -> list[str]:
     return usable
 
 
-def aligned_buffer(n_bytes: int) -> np.ndarray:
-    """Zeroed uint8 [n_bytes] whose first byte is aligned as the library asks for."""
-    memory = np.zeros(n_bytes + ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % ALIGNMENT
-    return memory[start : start + n_bytes]
-
-
-def _format(binding: _Binding, type_name: str, head_dim: int, block_size: int):
-    """A ksort_format for a cache type's name (cache_types.CACHE_TYPES)."""
-    struct = binding.new("ksort_format")
-    struct.type, struct.head_dim, struct.block_size = CACHE_TYPES[type_name].native_id, head_dim, block_size
-    return struct
-
-
 def tile_bytes(type_name: str, head_dim: int, block_size: int) -> int:
     """Bytes of one tile, from the library itself. Raises ValueError for an impossible format."""
     binding = _binding()
-    n_bytes = binding.ffi.new("size_t *")
-    binding.check(binding.lib.ksort_tile_bytes(_format(binding, type_name, head_dim, block_size), n_bytes))
-    return n_bytes[0]
+    struct = native_structs.format_struct(binding, type_name, head_dim, block_size)
+    return binding.size(binding.lib.ksort_tile_bytes, struct)
 
 
 class Pool:
@@ -121,8 +113,7 @@ class Pool:
         self._binding.check(self._binding.lib.ksort_pool_create(n_threads, handle))
         self.n_threads = n_threads
         self.handle = self._binding.ffi.gc(handle[0], self._binding.lib.ksort_pool_destroy)
-        self.workspace = aligned_buffer(ALIGNMENT)
-        self.workspace_pointer = self._binding.array("void *", self.workspace)
+        self.grow_workspace(ALIGNMENT)
 
     def grow_workspace(self, n_bytes: int) -> None:
         """Replace the workspace by one of `n_bytes`; its contents are not kept."""
@@ -133,9 +124,7 @@ class Pool:
         """y = x W^T + bias over all threads: x float32 [n_rows, n_in], y float32 [n_rows, n_out], both contiguous."""
         args, cast, floats = weights.struct, self._binding.ffi.cast, self._binding.float_pointer
         args.x, args.y, args.n_rows = cast(floats, x_address), cast(floats, y_address), n_rows
-        status = self._binding.lib.ksort_pool_linear(self.handle, args)
-        if status:
-            self._binding.check(status)
+        self._binding.check(self._binding.lib.ksort_pool_linear(self.handle, args))
 
     def close(self) -> None:
         """End the threads. Closing twice does nothing; a pool that nobody refers to closes itself."""
@@ -180,6 +169,7 @@ class Cache:
     ):
         self._binding = binding = _binding()
         self.type_name, self.head_dim, self.n_kv_heads = type_name, head_dim, n_kv_heads
+        self.heads = n_kv_heads, head_dim
         one_tile = tile_bytes(type_name, head_dim, block_size)
         head_stride = one_tile if head_stride is None else head_stride
         tile_stride = n_kv_heads * one_tile if tile_stride is None else tile_stride
@@ -191,7 +181,7 @@ class Cache:
         if needed > len(self._memory):
             raise ValueError(f"buffer of {len(self._memory)} bytes is too small: {n_slots} slots need {needed}")
         self.struct = binding.new("ksort_cache")
-        self.struct.format = _format(binding, type_name, head_dim, block_size)[0]
+        self.struct.format = native_structs.format_struct(binding, type_name, head_dim, block_size)[0]
         self.struct.base = self._memory
         self.struct.tile_stride, self.struct.head_stride = tile_stride, head_stride
         self.struct.n_slots, self.struct.n_kv_heads = n_slots, n_kv_heads
@@ -202,16 +192,13 @@ class Cache:
         `rope`: RopeTables [n_kv_heads, head_dim] with cos and sin [n_tokens, n_frequencies]. `transform`: a plan's
         Transform, BFP types only. Raises as _Binding.check.
         """
-        x = np.ascontiguousarray(x, np.float32)
-        if x.ndim != 3 or x.shape[1:] != (self.n_kv_heads, self.head_dim):
-            raise ValueError(f"expected x [n_tokens, {self.n_kv_heads}, {self.head_dim}], got {list(x.shape)}")
+        x = native_structs.float_heads("x", x, self.head_dim, self.n_kv_heads)
+        rope_struct = Rope(self._binding, rope, self.heads).with_waves(cos, sin, len(x))
+        transform_struct = TransformTables(self._binding, transform, self.heads)
         args = self._binding.new("ksort_pack_args")
-        rope_struct = _Rope(self._binding, rope, (self.n_kv_heads, self.head_dim)).with_waves(cos, sin, len(x))
-        args.cache, args.rope = self.struct, rope_struct.pointer
+        args.cache, args.rope, args.transform = self.struct, rope_struct.pointer, transform_struct.pointer
         args.x, args.x_token_stride = self._binding.array("float *", x), self.n_kv_heads * self.head_dim
         args.first_slot, args.n_tokens = first_slot, len(x)
-        transform_struct = _TransformStruct(self._binding, transform, self)
-        args.transform = transform_struct.pointer
         self._binding.check(self._binding.lib.ksort_pack(args, ith, nth))
 
     def unpack(self, first_slot: int, n_tokens: int) -> np.ndarray:
@@ -220,64 +207,6 @@ class Cache:
         status = self._binding.lib.ksort_unpack(self.struct, first_slot, n_tokens, self._binding.array("float *", out))
         self._binding.check(status)
         return out
-
-
-class _Rope:
-    """A ksort_rope and the arrays it points to; `pointer` is NULL without tables.
-
-    Raises ValueError unless the tables are [n_kv_heads, head_dim], and cos and sin [n_tokens, n_frequencies].
-    """
-
-    def __init__(self, binding: _Binding, tables: RopeTables | None, heads: tuple[int, int]):
-        self._binding = binding
-        self.pointer = binding.ffi.NULL
-        if tables is None:
-            return
-        self.pointer = binding.new("ksort_rope")
-        self._kept = []
-        for field, dtype in (("partner", "uint16"), ("sign", "int8"), ("frequency", "uint16")):
-            values = np.ascontiguousarray(getattr(tables, field), dtype)
-            if values.shape != heads:
-                raise ValueError(f"RoPE table {field} is {list(values.shape)}, expected {list(heads)}")
-            setattr(self.pointer, field, binding.array(f"{dtype}_t *", values))
-            self._kept.append(values)
-
-    def with_waves(self, cos, sin, n_tokens: int) -> "_Rope":
-        """Point to the tokens' cos and sin; does nothing without tables."""
-        if self.pointer == self._binding.ffi.NULL:
-            return self
-        cos, sin = np.ascontiguousarray(cos, np.float32), np.ascontiguousarray(sin, np.float32)
-        if cos.ndim != 2 or len(cos) != n_tokens or cos.shape != sin.shape:
-            raise ValueError(f"cos {list(cos.shape)}, sin {list(sin.shape)}: expected [{n_tokens}, n_frequencies] both")
-        self.pointer.cos, self.pointer.sin = self._binding.array("float *", cos), self._binding.array("float *", sin)
-        self.pointer.n_frequencies = cos.shape[1]
-        self._kept += [cos, sin]
-        return self
-
-
-class _TransformStruct:
-    """A ksort_transform for a cache's heads and the arrays it points to; `pointer` is NULL for None.
-
-    Raises ValueError unless feedback is [n_kv_heads, head_dim, head_dim], and the other tables [n_kv_heads, head_dim].
-    """
-
-    def __init__(self, binding: _Binding, transform: Transform | None, cache: Cache):
-        self.pointer = binding.ffi.NULL
-        if transform is None:
-            return
-        self.pointer = binding.new("ksort_transform")
-        self.pointer.rotate = transform.rotate
-        self._kept = []
-        for field in ("shift", "scale", "sequence", "feedback"):
-            if (table := getattr(transform, field)) is None:
-                continue
-            shape = (cache.n_kv_heads, cache.head_dim) + ((cache.head_dim,) if field == "feedback" else ())
-            values = np.ascontiguousarray(table, np.uint16 if field == "sequence" else np.float32)
-            if values.shape != shape:
-                raise ValueError(f"transform table {field} is {list(values.shape)}, expected {list(shape)}")
-            pointer_type = "uint16_t *" if field == "sequence" else "float *"
-            setattr(self.pointer, field, binding.array(pointer_type, values))
-            self._kept.append(values)
 
 
 def attend(
@@ -290,23 +219,18 @@ def attend(
     merge one after another: for tests and embedding. Raises as _Binding.check.
     """
     binding = _binding()
-    q = np.ascontiguousarray(q, np.float32)
-    if q.ndim != 3 or q.shape[2] != k_cache.head_dim:
-        raise ValueError(f"expected q [n_queries, n_heads, {k_cache.head_dim}], got {list(q.shape)}")
+    q = native_structs.float_heads("q", q, k_cache.head_dim)
+    n_queries, n_heads, head_dim = q.shape
     out = np.empty_like(q)
-    rope_struct = _Rope(binding, rope, (k_cache.n_kv_heads, k_cache.head_dim)).with_waves(cos, sin, len(q))
-    args = binding.new("ksort_attend_args")
-    args.k, args.v, args.rope = k_cache.struct, v_cache.struct, rope_struct.pointer
-    transforms = _TransformStruct(binding, k_transform, k_cache), _TransformStruct(binding, v_transform, v_cache)
-    args.k_transform, args.v_transform = (struct.pointer for struct in transforms)
+    transforms = k_transform, v_transform
+    struct = native_structs.Attend(binding, k_cache, v_cache, n_heads, scale, window, query_type, rope, transforms)
+    struct.rope.with_waves(cos, sin, n_queries)
+    args = struct.pointer
     args.q, args.out = binding.array("float *", q), binding.array("float *", out)
-    args.q_token_stride = args.out_token_stride = q.shape[1] * q.shape[2]
-    args.first_slot, args.n_queries, args.n_heads = first_slot, q.shape[0], q.shape[1]
-    args.window, args.query_type, args.scale = window, CACHE_TYPES[query_type].native_id, scale
-    n_bytes = binding.ffi.new("size_t *")
-    binding.check(binding.lib.ksort_attend_workspace_bytes(args, nth, n_bytes))
-    workspace = aligned_buffer(n_bytes[0])
-    args.workspace, args.workspace_bytes = binding.array("void *", workspace), n_bytes[0]
+    args.q_token_stride = args.out_token_stride = n_heads * head_dim
+    args.first_slot, args.n_queries = first_slot, n_queries
+    workspace = aligned_buffer(binding.size(binding.lib.ksort_attend_workspace_bytes, args, nth))
+    args.workspace, args.workspace_bytes = binding.array("void *", workspace), len(workspace)
     for call in (binding.lib.ksort_attend, binding.lib.ksort_attend_merge):
         for ith in range(nth):
             binding.check(call(args, ith, nth))
@@ -325,41 +249,35 @@ class LayerStep:
         k_transform: Transform | None = None, v_transform: Transform | None = None,
     ):  # fmt: skip
         self._binding = binding = _binding()
-        self._where = "" if layer is None else f" (layer {layer})"
-        heads = (k_cache.n_kv_heads, k_cache.head_dim)
-        rope_struct = _Rope(binding, rope, heads)
-        k_struct, v_struct = (
-            _TransformStruct(binding, *pair) for pair in ((k_transform, k_cache), (v_transform, v_cache))
+        self._pool, self._where = pool, "" if layer is None else f" (layer {layer})"
+        self._kept = struct = native_structs.Attend(
+            binding, k_cache, v_cache, n_heads, scale, window, query_type, rope, (k_transform, v_transform)
         )
-        self._kept = k_cache, v_cache, rope_struct, k_struct, v_struct
-        self._pool, self._rope = pool, rope_struct.pointer
+        self._attend, self._rope = struct.pointer, struct.rope.pointer
         self._k, self._v = binding.new("ksort_pack_args"), binding.new("ksort_pack_args")
-        self._k.cache, self._k.rope, self._v.cache = k_cache.struct, self._rope, v_cache.struct
-        self._k.transform, self._v.transform = k_struct.pointer, v_struct.pointer
-        self._attend = attend_args = binding.new("ksort_attend_args")
-        attend_args.k_transform, attend_args.v_transform = k_struct.pointer, v_struct.pointer
-        attend_args.k, attend_args.v, attend_args.rope = k_cache.struct, v_cache.struct, self._rope
-        attend_args.n_heads, attend_args.window, attend_args.scale = n_heads, window, scale
-        attend_args.query_type = CACHE_TYPES[query_type].native_id
+        self._k.cache, self._k.transform, self._k.rope = k_cache.struct, struct.k_transform.pointer, self._rope
+        self._v.cache, self._v.transform = v_cache.struct, struct.v_transform.pointer
+        null = binding.ffi.NULL
+        self._alone = {"k": (self._k, null, null), "v": (null, self._v, null), "attend": (null, null, self._attend)}
         self._k_offset = n_heads * k_cache.head_dim * _FLOAT_BYTES
         self._v_offset = self._k_offset + k_cache.n_kv_heads * k_cache.head_dim * _FLOAT_BYTES
 
-    def run(
-        self,
-        qkv_address: int,
-        token_stride: int,
-        n_tokens: int,
-        first_slot: int,
-        cos_address: int,
-        sin_address: int,
-        n_frequencies: int,
-        out_address: int,
-        out_token_stride: int,
-    ) -> None:
-        """One step of `n_tokens` tokens, the first in slot `first_slot`. Addresses are of float32, strides in floats.
+    def run(self, *step: int) -> None:
+        """One step, said as `prepare` takes it.
 
-        A row of qkv is [n_heads q | n_kv_heads k | n_kv_heads v] * head_dim; cos and sin are [n_tokens, n_frequencies];
-        out rows are [n_heads * head_dim]. Raises as _Binding.check; nothing was packed then, unless scores overflowed.
+        Raises as _Binding.check; nothing was packed then, unless scores overflowed.
+        """
+        self.prepare(*step)
+        self._call(self._k, self._v, self._attend)
+
+    def prepare(
+        self, qkv_address: int, token_stride: int, n_tokens: int, first_slot: int,
+        cos_address: int, sin_address: int, n_frequencies: int, out_address: int, out_token_stride: int,
+    ) -> None:  # fmt: skip
+        """Say where a step of `n_tokens` tokens is, the first in slot `first_slot`; nothing runs yet.
+
+        Addresses are of float32, strides in floats. A row of qkv is [n_heads q | n_kv_heads k | n_kv_heads v] *
+        head_dim; cos and sin are [n_tokens, n_frequencies]; out rows are [n_heads * head_dim].
         """
         binding, k, v, attend_args, rope = self._binding, self._k, self._v, self._attend, self._rope
         cast, floats = binding.ffi.cast, binding.float_pointer
@@ -370,16 +288,21 @@ class LayerStep:
         k.n_tokens = v.n_tokens = attend_args.n_queries = n_tokens
         attend_args.q, attend_args.out = cast(floats, qkv_address), cast(floats, out_address)
         attend_args.out_token_stride = out_token_stride
-        status = self._step()
-        if status == binding.lib.KSORT_ERR_WORKSPACE:  # rare: the sizes grew. Packing again writes the same bytes.
-            n_bytes = binding.ffi.new("size_t *")
-            binding.check(binding.lib.ksort_attend_workspace_bytes(attend_args, self._pool.n_threads, n_bytes))
-            self._pool.grow_workspace(n_bytes[0])
-            status = self._step()
-        if status:
-            binding.check(status, self._where)
 
-    def _step(self) -> int:
-        pool, attend_args = self._pool, self._attend
-        attend_args.workspace, attend_args.workspace_bytes = pool.workspace_pointer, len(pool.workspace)
-        return self._binding.lib.ksort_pool_step(pool.handle, self._k, self._v, attend_args)
+    def run_part(self, part: str) -> None:
+        """One of PARTS of the step that was prepared last, alone: for measurements. Raises as _Binding.check."""
+        self._call(*self._alone[part])
+
+    def _call(self, k, v, attend_args) -> None:
+        lib, pool = self._binding.lib, self._pool
+        status = self._step(k, v, attend_args)
+        if status == lib.KSORT_ERR_WORKSPACE:  # rare: the sizes grew. Packing again writes the same bytes.
+            pool.grow_workspace(self._binding.size(lib.ksort_attend_workspace_bytes, attend_args, pool.n_threads))
+            status = self._step(k, v, attend_args)
+        if status:
+            self._binding.check(status, self._where)
+
+    def _step(self, k, v, attend_args) -> int:
+        pool, attend_struct = self._pool, self._attend
+        attend_struct.workspace, attend_struct.workspace_bytes = pool.workspace_pointer, len(pool.workspace)
+        return self._binding.lib.ksort_pool_step(pool.handle, k, v, attend_args)

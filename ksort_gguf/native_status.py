@@ -13,8 +13,8 @@ _MESSAGES = {  # {where}: nothing, or the layer
         "the weights are damaged or overflow their type; check the file, or convert with --outtype bf16 or f32"
     ),
     "KSORT_ERR_RANGE": (
-        "keys or values{where} are too large for the cache type: "
-        "use --cache-type-v f32, and a bfp or f32 --cache-type-k"
+        "keys or values{where} are too large for the cache type, or become so in the plan's transform: "
+        "use --cache-type-k f32 and --cache-type-v f32, which are never transformed, or run the model without a plan"
     ),
     "KSORT_ERR_TRANSFORM": (
         "the plan is damaged{where}: a shift is not finite, a scale not positive and finite, or a sequence "

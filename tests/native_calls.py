@@ -3,7 +3,7 @@
 import numpy as np
 from native_support import new_cache, random_transform, rope_for
 
-from ksort_gguf import native
+from ksort_gguf import native, native_structs
 
 BINDING = native._binding()
 FFI, LIB = BINDING.ffi, BINDING.lib
@@ -19,7 +19,7 @@ class Calls:
         self.v_cache, self.v_tiles = new_cache("f16", HEAD_DIM, 16, N_KV_HEADS, N_SLOTS)
         self.k, self.v = self.k_cache.struct, self.v_cache.struct
         _, rope = rope_for(rng, N_KV_HEADS, HEAD_DIM, 8, "half", 2)
-        self.rope_arrays = native._Rope(BINDING, rope["rope"], (N_KV_HEADS, HEAD_DIM))
+        self.rope_arrays = native_structs.Rope(BINDING, rope["rope"], (N_KV_HEADS, HEAD_DIM))
         self.rope = self.rope_arrays.with_waves(rope["cos"], rope["sin"], 2).pointer
         self.tables = random_transform(rng, N_KV_HEADS, HEAD_DIM)
         self.transform = BINDING.new("ksort_transform")

@@ -18,6 +18,18 @@ from ksort_gguf import native
 SCALE = 0.2
 
 
+def any_heads(rng, n_tokens: int, n_heads: int, head_dim: int) -> np.ndarray:
+    """Normally distributed float32 [n_tokens, n_heads, head_dim]."""
+    return rng.standard_normal((n_tokens, n_heads, head_dim)).astype(np.float32)
+
+
+def packed(x: np.ndarray, type_name: str = "f32") -> native.Cache:
+    """A cache of x [n_tokens, 1, head_dim]."""
+    cache, _ = new_cache(type_name, x.shape[2], 32, 1, len(x))
+    cache.pack(x, 0)
+    return cache
+
+
 @pytest.mark.parametrize(("head_dim", "v_block_size"), [*BFP_SHAPES, (96, 32), (96, 64)])
 @pytest.mark.parametrize("v_type", BFP_TYPES)
 @pytest.mark.parametrize(("first_slot", "n_queries", "window"), [(0, 1, 0), (77, 1, 20), (130, 9, 70), (40, 25, 0)])
@@ -47,12 +59,10 @@ def test_any_stored_bytes(level, rng, v_type, n_queries):
     v_cache, tiles = new_cache(v_type, head_dim, block_size, 1, n_slots)
     tiles[:] = rng.integers(0, 256, tiles.shape)
     tiles[..., -64 * 3 :] = rng.choice([0, 1, 90, 120, 124, 126, 127, 128], (2, 1, 64 * 3))  # exponents
-    k_cache, _ = new_cache("f32", head_dim, block_size, 1, n_slots)
-    k_cache.pack(rng.standard_normal((n_slots, 1, head_dim)).astype(np.float32), 0)
-    q = rng.standard_normal((n_queries, 2, head_dim)).astype(np.float32)
+    k, q = any_heads(rng, n_slots, 1, head_dim), any_heads(rng, n_queries, 2, head_dim)
     first_slot = n_slots - n_queries
-    out = native.attend(k_cache, v_cache, q, first_slot, scale=SCALE, query_type="f32", nth=2)
-    assert_close(out, k_cache.unpack(0, n_slots), v_cache.unpack(0, n_slots), q, first_slot, SCALE, 0)
+    out = native.attend(packed(k), v_cache, q, first_slot, scale=SCALE, query_type="f32", nth=2)
+    assert_close(out, k, v_cache.unpack(0, n_slots), q, first_slot, SCALE, 0)
 
 
 @pytest.mark.parametrize("v_type", BFP_TYPES + FLOAT_TYPES)
@@ -60,11 +70,10 @@ def test_any_stored_bytes(level, rng, v_type, n_queries):
 def test_unseen_bytes_do_not_matter(level, rng, v_type, n_queries):
     """Catches 0 * infinity: bytes before the window and after the last slot, in tiles that are read, are all ones."""
     head_dim, block_size, n_slots, first_slot, window = 80, 32, 192, 150, 60
-    k_cache, _ = new_cache("bfp12", head_dim, block_size, 1, n_slots)
+    k_cache = packed(any_heads(rng, n_slots, 1, head_dim), "bfp12")
     v_cache, tiles = new_cache(v_type, head_dim, block_size, 1, n_slots)
-    for cache in (k_cache, v_cache):
-        cache.pack(rng.standard_normal((n_slots, 1, head_dim)).astype(np.float32), 0)
-    q = rng.standard_normal((n_queries, 4, head_dim)).astype(np.float32)
+    v_cache.pack(any_heads(rng, n_slots, 1, head_dim), 0)
+    q = any_heads(rng, n_queries, 4, head_dim)
     before = native.attend(k_cache, v_cache, q, first_slot, scale=SCALE, window=window)
     slot_of_byte = token_of_byte(v_type, head_dim, block_size) + 64 * np.arange(len(tiles))[:, None]
     unseen = (slot_of_byte < first_slot + 1 - window) | (slot_of_byte >= first_slot + n_queries)
@@ -77,11 +86,7 @@ def test_unseen_bytes_do_not_matter(level, rng, v_type, n_queries):
 def test_extreme_values(level, rng, v_type, power):
     """Catches an exponent that over- or underflows before it meets its mantissas."""
     head_dim, n_slots, n_queries = 64, 70, 2
-    k = rng.standard_normal((n_slots, 1, head_dim)).astype(np.float32)
-    k_cache, _ = new_cache("f32", head_dim, 32, 1, n_slots)
-    v_cache, _ = new_cache(v_type, head_dim, 32, 1, n_slots)
-    k_cache.pack(k, 0)
-    v_cache.pack(np.ldexp(k, power), 0)
-    q = rng.standard_normal((n_queries, 3, head_dim)).astype(np.float32)
-    out = native.attend(k_cache, v_cache, q, n_slots - n_queries, scale=SCALE, query_type="f32")
+    k, q = any_heads(rng, n_slots, 1, head_dim), any_heads(rng, n_queries, 3, head_dim)
+    v_cache = packed(np.ldexp(k, power), v_type)
+    out = native.attend(packed(k), v_cache, q, n_slots - n_queries, scale=SCALE, query_type="f32")
     assert_close(out, k, v_cache.unpack(0, n_slots), q, n_slots - n_queries, SCALE, 0)

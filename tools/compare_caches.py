@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 from cache_rows import Row, Runner, known_names, parse_row
+from command_line import counts, run_tool
 from model_variants import ModelVariants
 
 from ksort_gguf.errors import KsortError
@@ -35,14 +36,9 @@ PEER_DEFAULTS = (
 BASE = "f16"
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status, 1 for an error."""
-    try:
-        run(_parser().parse_args())
-    except KsortError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_tool(run, _parser(), argv)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -65,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
     """Measure every row at every context. Raises KsortError as the rooms it uses do."""
     if args.threads < 0:
         raise KsortError(f"--threads {args.threads} is negative: pass a count, or leave it out for all CPUs")
-    contexts = _contexts(args.ctx_size)
+    contexts = counts("-c", args.ctx_size, lowest=1)
     spellings = None if args.types is None else [name for name in args.types.split(",") if name]
     for spelling in spellings or []:  # misspellings are told before the model is read
         parse_row(spelling, {Path(file).stem: file for file in args.plan_file})
@@ -84,13 +80,6 @@ def run(args: argparse.Namespace) -> None:
         print(_table(n_ctx, args.chunks, measured), flush=True)
     summary = {"model": Path(args.model).name, "text": Path(args.file).name, "chunks": args.chunks, "contexts": results}
     print(json.dumps(summary))
-
-
-def _contexts(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise KsortError(f"-c {text}: expected sizes such as 512 or 512,4096") from None
 
 
 def _default_spellings(plans: dict) -> list[str]:

@@ -10,11 +10,11 @@ from ksort_gguf.errors import KsortError
 from ksort_gguf.families.rope import RopeTables, folded_tables, stock_tables
 from ksort_gguf.plan.calibrate import default_text
 from ksort_gguf.plan.fold import fold_rows
-from ksort_gguf.plan.kplan import KPlan, parse_plan
+from ksort_gguf.plan.kplan import KPlan, Transforms, parse_plan
 from ksort_gguf.plan.make import Calibration, make_plan
 from ksort_gguf.plan.plan_file import check_plan, read_plan
 from ksort_gguf.runtime.model import Model
-from ksort_gguf.runtime.weights import LayerWeights, load_weights
+from ksort_gguf.runtime.weights import LayerWeights, ModelWeights, load_weights
 from ksort_gguf.sources.gguf_file import open_gguf
 from ksort_gguf.tokenizer.tokenizer import Tokenizer
 
@@ -45,22 +45,39 @@ class ModelVariants:
         finally:
             source.close()
         self._path, self._n_threads = path, n_threads
-        self._models: dict[str | None, Model] = {}
+        self._planned: dict[str | None, tuple[ModelWeights, KPlan | None]] = {None: (self._weights, self._file_plan)}
+        self._models: dict[tuple[str | None, bool], Model] = {}
+
+    @property
+    def is_folded(self) -> bool:
+        """Whether the file holds a plan of its own."""
+        return self._file_plan is not None
 
     @property
     def n_vocab(self) -> int:
         return self._weights.output.shape[0]
 
-    def model(self, plan: str | None = None) -> Model:
-        """The model as the file is, or under a plan."""
-        if plan not in self._models:
-            weights, k_plan = self._weights, self._file_plan
-            if plan is not None:
-                k_plan = self.plans[plan] if plan in self.plans else _make_plan(self._path, plan)
-                layers = [_folded(w, k_plan, layer, self.geometry) for layer, w in enumerate(weights.layers)]
-                weights = dataclasses.replace(weights, layers=layers)
-            self._models[plan] = Model(weights, self.family, self.geometry, k_plan, self._n_threads)
-        return self._models[plan]
+    def model(self, plan: str | None = None, run_time_steps: bool = True) -> Model:
+        """The model as the file is, or under a plan; without its run-time steps, only folded by its order."""
+        key = plan, run_time_steps
+        if key not in self._models:
+            weights, k_plan = self._under(plan)
+            if not run_time_steps:
+                k_plan = dataclasses.replace(k_plan, keys=Transforms(), values=Transforms())
+            self._models[key] = Model(weights, self.family, self.geometry, k_plan, self._n_threads)
+        return self._models[key]
+
+    def plan_of(self, plan: str | None) -> KPlan | None:
+        """A plan by its name, or the file's own."""
+        return self._under(plan)[1]
+
+    def _under(self, plan: str | None) -> tuple[ModelWeights, KPlan | None]:
+        """The weights folded by a plan, and the plan."""
+        if plan not in self._planned:
+            k_plan = self.plans[plan] if plan in self.plans else _make_plan(self._path, plan)
+            layers = [_folded(w, k_plan, layer, self.geometry) for layer, w in enumerate(self._weights.layers)]
+            self._planned[plan] = dataclasses.replace(self._weights, layers=layers), k_plan
+        return self._planned[plan]
 
     def rope_tables(self, layer: int) -> RopeTables:
         """RoPE tables of a layer of the model as the file is."""

@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import paper_plots
 import torch
+from command_line import run_tool
 
 from ksort_gguf.cache_types import CACHE_TYPES
 from ksort_gguf.convert import convert
@@ -253,14 +254,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status, 1 for an error."""
-    args = _parser().parse_args(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that the large base file is removed
-    try:
-        run(args)
-    except KsortError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_tool(run, _parser(), argv)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from command_line import counts, run_tool
 
 from ksort_gguf.cache_types import CACHE_TYPES, K_TYPES
 from ksort_gguf.errors import KsortError
@@ -114,7 +115,7 @@ def measure(loaded: LoadedModel, k_type: str, n_ctx: int, trials: list[Trial], p
 
 def run(args: argparse.Namespace) -> None:
     """Measure every cache at every context, and print. Raises KsortError."""
-    wanted = _contexts(args.ctx_size)
+    wanted = counts("-c", args.ctx_size, lowest=1)
     for flag, value, least in (("--trials", args.trials, 1), ("--seed", args.seed, 0), ("--threads", args.threads, 0)):
         if value < least:
             raise KsortError(f"{flag} {value} is too small: pass {least} or more")
@@ -128,13 +129,6 @@ def run(args: argparse.Namespace) -> None:
     print(table(results))
     plan = None if args.plan_file is None else Path(args.plan_file).name
     print(json.dumps({"model": Path(args.model).name, "plan_file": plan, "seed": args.seed, "results": results}))
-
-
-def _contexts(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise KsortError(f"-c {text}: expected sizes such as 1024 or 1024,2048") from None
 
 
 def _that_fit(contexts: list[int], longest: int) -> list[int]:
@@ -192,12 +186,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status, 1 for an error."""
-    try:
-        run(_parser().parse_args(argv))
-    except KsortError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_tool(run, _parser(), argv)
 
 
 if __name__ == "__main__":

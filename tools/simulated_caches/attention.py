@@ -48,17 +48,9 @@ class SimulatedStep:
         self.bits = (0.0, 0.0)
 
     def run(
-        self,
-        qkv_address: int,
-        token_stride: int,
-        n_tokens: int,
-        first_slot: int,
-        cos_address: int,
-        sin_address: int,
-        n_frequencies: int,
-        out_address: int,
-        out_token_stride: int,
-    ) -> None:
+        self, qkv_address, token_stride, n_tokens, first_slot,
+        cos_address, sin_address, n_frequencies, out_address, out_token_stride,
+    ) -> None:  # fmt: skip
         """As native.LayerStep.run. Raises ValueError unless the tokens stand at the beginning of a text."""
         if first_slot:
             raise ValueError("a simulated cache needs the whole text in one call")
