@@ -1,5 +1,6 @@
 """ksort_pack and ksort_unpack against the oracle, byte for byte, at every kernel level."""
 
+import dataclasses
 import mmap
 
 import numpy as np
@@ -102,7 +103,13 @@ def test_other_slots_keep_their_bytes(level, rng, type_name, head_dim, block_siz
 
 
 @pytest.mark.parametrize("row_order", ["half", "interleaved"])
-@pytest.mark.parametrize(("head_dim", "n_rot"), [(64, 64), (80, 20), (90, 90), (6, 4), (128, 64), (18, 2)])
+@pytest.mark.parametrize(
+    ("head_dim", "n_rot"),
+    [
+        *((2, 2), (6, 4), (8, 8), (12, 12), (18, 2), (40, 40), (64, 64), (64, 32), (80, 20), (90, 90)),
+        *((96, 96), (128, 128), (128, 64), (160, 160), (256, 256), (256, 64)),
+    ],
+)
 @pytest.mark.parametrize("folded", [False, True])
 def test_rope_is_bit_exact(level, rng, row_order, head_dim, n_rot, folded):
     """Catches fused multiply-adds, wrong partners and frequencies: every level must store the same bits."""
@@ -114,6 +121,21 @@ def test_rope_is_bit_exact(level, rng, row_order, head_dim, n_rot, folded):
         cache, tiles = new_cache(type_name, head_dim, 16, n_kv_heads, n_tokens)
         cache.pack(x, 0, **rope)
         assert (tiles == expected_tiles(expected, type_name, 16)).all()
+
+
+@pytest.mark.parametrize("n_frequencies", [40, 64, 65, 128, 129, 65536])
+def test_rope_with_any_number_of_frequencies(level, rng, n_frequencies):
+    """Catches lookups that are only right among a head's own pairs, and reads of what a channel that stays names."""
+    _, rope = rope_for(rng, 2, 90, 80, "half", 20)
+    tables, pairs = rope["rope"], np.sort(rng.permutation(n_frequencies)[:40])
+    used = np.where(tables.sign == 0, 65535, pairs[tables.frequency % 40]).astype(np.uint16)
+    waves = {name: np.full((20, n_frequencies), 1e30, np.float32) for name in ("cos", "sin")}
+    for name, wave in waves.items():
+        wave[:, pairs] = rope[name]
+    x = rng.standard_normal((20, 2, 90)).astype(np.float32)
+    cache, _ = new_cache("f32", 90, 16, 2, 64)
+    cache.pack(x, 0, dataclasses.replace(tables, frequency=used), **waves)
+    assert (cache.unpack(0, 20) == rotated(x, **rope)).all()
 
 
 @pytest.mark.parametrize("type_name", BFP_TYPES + FLOAT_TYPES)

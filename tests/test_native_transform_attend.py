@@ -91,6 +91,45 @@ def test_values_are_restored(level, rng, shape, steps):
     assert (np.abs(out - expected) <= bound).all()
 
 
+# One register and less, several segments of rotating, a rest of 2 to 14 channels, the common heads, the largest.
+HEAD_DIMS = (16, 18, 20, 24, 30, 40, 64, 80, 90, 96, 128, 160, 192, 250, 256)
+QUERY_STEPS = (("scale",), ("rotate",), ("sequence",), RUN_TIME_STEPS)
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("steps", QUERY_STEPS, ids="+".join)
+@pytest.mark.parametrize("query_type", ["f32", "bfp16"])
+def test_queries_are_transformed_to_the_bit(level, rng, head_dim, steps, query_type):
+    """Catches a kernel whose queries differ in a last bit: a reciprocal, a fused product, another order of strides.
+
+    Large scores show it: then the softmax is far from what the oracle's queries make of the same keys.
+    """
+    transform = random_transform(rng, 2, head_dim, steps)
+    cache, _ = new_cache("bfp12", head_dim, 16, 2, 64)
+    cache.pack(rng.standard_normal((64, 2, head_dim)).astype(np.float32), 0)
+    q = rng.standard_normal((5, 6, head_dim)).astype(np.float32)
+    arguments = {"scale": 2.0, "query_type": query_type}
+    out = native.attend(cache, cache, q, 59, k_transform=transform, **arguments)
+    expected = native.attend(cache, cache, reference.transform_queries(q, transform), 59, **arguments)
+    assert out.tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("steps", [("shift",), *QUERY_STEPS], ids="+".join)
+def test_values_are_restored_to_the_bit(level, rng, head_dim, steps):
+    """Catches a kernel that restores with a reciprocal, fused, in another order, or by the sequence, not its inverse.
+
+    A query that sees one slot returns the value as decoded, so that restoring is all there is to see.
+    """
+    transform = random_transform(rng, 2, head_dim, steps)
+    cache, _ = new_cache("bfp16", head_dim, 16, 2, 64)
+    cache.pack(rng.standard_normal((64, 2, head_dim)).astype(np.float32), 0)
+    q = rng.standard_normal((64, 6, head_dim)).astype(np.float32)
+    out = native.attend(cache, cache, q, 0, scale=1.0, window=1, v_transform=transform)
+    values = np.repeat(cache.unpack(0, 64), 3, axis=1)
+    assert (out == reference.restore_values(values, transform)).all()
+
+
 @pytest.mark.parametrize("n_queries", [1, 30])
 def test_transforms_change_nothing_but_rounding(level, rng, n_queries):
     """Catches a mistake that oracle and library share: BFP16 with transforms is near attention over what was packed.

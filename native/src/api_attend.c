@@ -37,9 +37,9 @@ static ksort_status check_memory(const ksort_attend_args *args, uint32_t nth, co
         return KSORT_ERR_WORKSPACE;
     ksort_status status = KSORT_OK;
     if (args->k_transform)
-        status = ksort_check_transform(args->k_transform, &job->k, args->k->n_kv_heads);
+        status = ksort_check_transform(job->kernels, args->k_transform, &job->k, args->k->n_kv_heads);
     if (status == KSORT_OK && args->v_transform)
-        status = ksort_check_transform(args->v_transform, &job->v, args->v->n_kv_heads);
+        status = ksort_check_transform(job->kernels, args->v_transform, &job->v, args->v->n_kv_heads);
     double growth;
     if (status != KSORT_OK || !args->rope)
         return status;

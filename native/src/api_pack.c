@@ -37,7 +37,7 @@ ksort_status ksort_pack_prepare(const ksort_pack_args *args, struct pack_job *jo
     if (status != KSORT_OK)
         return status;
     if (args->transform)
-        status = ksort_check_transform(args->transform, &job->layout, cache->n_kv_heads);
+        status = ksort_check_transform(job->kernels, args->transform, &job->layout, cache->n_kv_heads);
     if (status != KSORT_OK || !args->rope)
         return status;
     return ksort_check_rope(args->rope, cache->n_kv_heads, job->layout.head_dim, args->n_tokens, &job->growth);
@@ -71,7 +71,7 @@ static const float *transformed_head(const struct pack_job *job, const float *y,
     uint32_t head_dim = job->layout.head_dim;
     struct head_transform transform = ksort_head_transform(job->args->transform, head_dim, head);
     memmove(buffer, y, head_dim * sizeof *y);
-    ksort_transform_key(job->kernels, &transform, head_dim, buffer);
+    job->kernels->transform_key(&transform, head_dim, buffer);
     return buffer;
 }
 

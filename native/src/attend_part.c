@@ -85,8 +85,12 @@ static ksort_status write_unit(const struct attend_job *job, const struct unit *
     const ksort_attend_args *args = job->args;
     uint32_t head_dim = job->v.head_dim;
     struct head_transform transform = {.rotate = false};
-    if (args->v_transform)
+    uint16_t buffer[KSORT_MAX_HEAD_DIM];
+    const uint16_t *places = NULL;
+    if (args->v_transform) {
         transform = ksort_head_transform(args->v_transform, head_dim, unit->kv_head);
+        places = ksort_places_of(&transform, head_dim, buffer);
+    }
     for (uint32_t row = 0; row < unit->n_rows; row++) {
         size_t token = (unit->first_row + row) / job->group, member = (unit->first_row + row) % job->group;
         float *out = args->out + token * args->out_token_stride + (unit->kv_head * job->group + member) * head_dim;
@@ -97,7 +101,7 @@ static ksort_status write_unit(const struct attend_job *job, const struct unit *
         for (uint32_t c = 0; c < head_dim; c++)
             out[c] = accumulator[c] * factor;
         if (args->v_transform)
-            ksort_restore_value(job->kernels, &transform, head_dim, out);
+            job->kernels->restore_value(&transform, places, head_dim, out);
         if (job->kernels->max_magnitude(out, head_dim) >= FLOAT_MAGNITUDE_INF)
             return KSORT_ERR_NON_FINITE;
     }

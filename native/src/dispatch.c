@@ -25,7 +25,9 @@ static void fill_table(enum level level)
         .max_magnitude = ksort_scalar_max_magnitude,
         .rope = ksort_scalar_rope,
         .round_bfp = ksort_scalar_round_bfp,
-        .rotate = ksort_scalar_rotate,
+        .transform_key = ksort_scalar_transform_key,
+        .transform_query = ksort_scalar_transform_query,
+        .restore_value = ksort_scalar_restore_value,
         .encode_transformed = ksort_scalar_encode_transformed,
         .store_f16 = ksort_scalar_store_f16,
         .store_bf16 = ksort_scalar_store_bf16,
@@ -42,8 +44,11 @@ static void fill_table(enum level level)
         return;
 #ifdef KSORT_X86_64
     table.max_magnitude = ksort_avx2_max_magnitude;
+    table.rope = ksort_avx2_rope;
     table.round_bfp = ksort_avx2_round_bfp;
-    table.rotate = ksort_avx2_rotate;
+    table.transform_key = ksort_avx2_transform_key;
+    table.transform_query = ksort_avx2_transform_query;
+    table.restore_value = ksort_avx2_restore_value;
     table.encode_transformed = ksort_avx2_encode_transformed;
     table.store_f16 = ksort_avx2_store_f16;
     table.store_bf16 = ksort_avx2_store_bf16;
@@ -58,8 +63,11 @@ static void fill_table(enum level level)
         return;
 
     table.max_magnitude = ksort_avx512_max_magnitude;
+    table.rope = ksort_avx512_rope;
     table.round_bfp = ksort_avx512_round_bfp;
-    table.rotate = ksort_avx512_rotate;
+    table.transform_key = ksort_avx512_transform_key;
+    table.transform_query = ksort_avx512_transform_query;
+    table.restore_value = ksort_avx512_restore_value;
     table.encode_transformed = ksort_avx512_encode_transformed;
     table.store_f16 = ksort_avx512_store_f16;
     table.store_bf16 = ksort_avx512_store_bf16;

@@ -17,6 +17,7 @@ struct rope_row {
     const uint16_t *frequency; /* [head_dim] */
     const float *cos;          /* [n_frequencies] */
     const float *sin;          /* [n_frequencies] */
+    uint32_t n_frequencies;
 };
 
 /* The tables of KV head `head` and the call's token `token`. */
@@ -24,7 +25,7 @@ static inline struct rope_row rope_row_of(const ksort_rope *rope, uint32_t head_
 {
     size_t at = (size_t)head * head_dim, row = token * rope->n_frequencies;
     return (struct rope_row){rope->partner + at, rope->sign + at, rope->frequency + at, rope->cos + row,
-                             rope->sin + row};
+                             rope->sin + row, rope->n_frequencies};
 }
 
 /* The transform of one head; see ksort_transform. */
@@ -109,8 +110,18 @@ struct kernels {
     void (*round_bfp)(const float *x, uint32_t head_dim, uint32_t block_size, uint32_t mantissa_bits,
                       int8_t *mantissas, uint8_t *exponents);
 
-    /* x [head_dim] becomes W x, W the orthonormal Walsh-Hadamard matrix of FORMAT.md. Any alignment. */
-    void (*rotate)(float *x, uint32_t head_dim);
+    /* The three below work on one head in place, at any alignment, with the operations of FORMAT.md section 3, each
+     * rounded on its own: every level gives the same bits where they are finite.
+     * Shift, scale, rotate and sequence of a key or value y [head_dim]: all that comes before rounding. */
+    void (*transform_key)(const struct head_transform *transform, uint32_t head_dim, float *y);
+
+    /* What multiplies transformed keys: q [head_dim] becomes W (q / scale), in sequence. */
+    void (*transform_query)(const struct head_transform *transform, uint32_t head_dim, float *q);
+
+    /* An average of transformed values, out [head_dim], becomes that of the values: taken out of sequence, then
+     * (W out) / scale + shift. places [head_dim] is the inverse of the sequence, NULL where there is none. */
+    void (*restore_value)(const struct head_transform *transform, const uint16_t *places, uint32_t head_dim,
+                          float *out);
 
     /* Shift, scale, rotate, sequence and FORMAT.md's encoder of transformed heads, over heads [n_tokens][head_dim],
      * n_tokens 1 to GROUP_TOKENS. heads has GROUP_TOKENS rows, aligned to 64 bytes; all of it may be overwritten.

@@ -51,10 +51,7 @@ static inline struct block_step block_step_of(uint32_t exponent, uint32_t mantis
 /* n > 0. Rotating cuts a head into segments of falling powers of two. */
 static inline uint32_t largest_power_of_two(uint32_t n)
 {
-    uint32_t power = 1;
-    while (power <= n / 2)
-        power *= 2;
-    return power;
+    return 1u << (31 - __builtin_clz(n));
 }
 
 /* What makes the Walsh-Hadamard transform of n channels orthonormal. */

@@ -2,19 +2,32 @@
 
 #include <math.h>
 
+/* These run in every call, so their loops have no early end: compilers make vectors of all but the scattered stores. */
 static bool is_permutation(const uint16_t *sequence, uint32_t n)
 {
-    bool seen[KSORT_MAX_HEAD_DIM] = {false};
-    for (uint32_t i = 0; i < n; i++) {
-        if (sequence[i] >= n || seen[sequence[i]])
-            return false;
-        seen[sequence[i]] = true;
-    }
-    return true;
+    uint32_t n_outside = 0, n_seen = 0;
+    for (uint32_t i = 0; i < n; i++)
+        n_outside += sequence[i] >= n;
+    if (n_outside)
+        return false;
+    uint8_t seen[KSORT_MAX_HEAD_DIM] = {0};
+    for (uint32_t i = 0; i < n; i++)
+        seen[sequence[i]] = 1;
+    for (uint32_t i = 0; i < n; i++)
+        n_seen += seen[i];
+    return n_seen == n;
 }
 
-ksort_status ksort_check_transform(const ksort_transform *transform, const struct head_layout *layout,
-                                   uint32_t n_kv_heads)
+static bool all_positive(const float *x, size_t n)
+{
+    uint32_t n_others = 0;
+    for (size_t i = 0; i < n; i++)
+        n_others += !(x[i] > 0.0f);
+    return n_others == 0;
+}
+
+ksort_status ksort_check_transform(const struct kernels *kernels, const ksort_transform *transform,
+                                   const struct head_layout *layout, uint32_t n_kv_heads)
 {
     if (transform->struct_size != sizeof *transform)
         return KSORT_ERR_STRUCT_SIZE;
@@ -23,12 +36,11 @@ ksort_status ksort_check_transform(const ksort_transform *transform, const struc
     if (transform->rotate > 1)
         return KSORT_ERR_TRANSFORM;
     size_t n = (size_t)n_kv_heads * layout->head_dim;
-    for (size_t i = 0; transform->shift && i < n; i++)
-        if (!isfinite(transform->shift[i]))
-            return KSORT_ERR_TRANSFORM;
-    for (size_t i = 0; transform->scale && i < n; i++)
-        if (!(transform->scale[i] > 0.0f && isfinite(transform->scale[i])))
-            return KSORT_ERR_TRANSFORM;
+    const float *shift = transform->shift, *scale = transform->scale;
+    if (shift && kernels->max_magnitude(shift, n) >= FLOAT_MAGNITUDE_INF)
+        return KSORT_ERR_TRANSFORM;
+    if (scale && (kernels->max_magnitude(scale, n) >= FLOAT_MAGNITUDE_INF || !all_positive(scale, n)))
+        return KSORT_ERR_TRANSFORM;
     for (uint32_t head = 0; transform->sequence && head < n_kv_heads; head++)
         if (!is_permutation(transform->sequence + (size_t)head * layout->head_dim, layout->head_dim))
             return KSORT_ERR_TRANSFORM;
@@ -61,41 +73,12 @@ struct head_transform ksort_head_transform(const ksort_transform *transform, uin
     };
 }
 
-void ksort_transform_key(const struct kernels *kernels, const struct head_transform *transform, uint32_t head_dim,
-                         float *y)
+const uint16_t *ksort_places_of(const struct head_transform *transform, uint32_t head_dim,
+                                uint16_t places[KSORT_MAX_HEAD_DIM])
 {
-    shift_and_scale(transform, head_dim, y);
-    if (transform->rotate)
-        kernels->rotate(y, head_dim);
-    put_in_sequence(transform, head_dim, y);
-}
-
-void ksort_transform_query(const struct kernels *kernels, const struct head_transform *transform, uint32_t head_dim,
-                           float *q)
-{
-    if (transform->scale)
-        for (uint32_t c = 0; c < head_dim; c++)
-            q[c] = q[c] / transform->scale[c];
-    if (transform->rotate)
-        kernels->rotate(q, head_dim);
-    put_in_sequence(transform, head_dim, q);
-}
-
-void ksort_restore_value(const struct kernels *kernels, const struct head_transform *transform, uint32_t head_dim,
-                         float *out)
-{
-    if (transform->sequence) {
-        float copy[KSORT_MAX_HEAD_DIM];
-        memcpy(copy, out, head_dim * sizeof *out);
-        for (uint32_t i = 0; i < head_dim; i++)
-            out[transform->sequence[i]] = copy[i];
-    }
-    if (transform->rotate)
-        kernels->rotate(out, head_dim);
-    if (transform->scale)
-        for (uint32_t c = 0; c < head_dim; c++)
-            out[c] = out[c] / transform->scale[c];
-    if (transform->shift)
-        for (uint32_t c = 0; c < head_dim; c++)
-            out[c] = out[c] + transform->shift[c];
+    if (!transform->sequence)
+        return NULL;
+    for (uint32_t i = 0; i < head_dim; i++)
+        places[transform->sequence[i]] = (uint16_t)i;
+    return places;
 }

@@ -58,10 +58,24 @@ typedef struct guarded_rope {
     ksort_rope rope;
 } guarded_rope;
 
+/* Swaps random pairs of a head's channels in its RoPE tables, as a plan's order does. */
+static void order_head(rng *r, uint16_t *partner, int8_t *sign, uint16_t *frequency, uint32_t head_dim) {
+    for (uint32_t a = 0; a < head_dim; a++) {
+        uint32_t b = rng_between(r, 0, head_dim - 1);
+        for (uint32_t c = 0; c < head_dim; c++)
+            if (partner[c] == a || partner[c] == b) partner[c] = (uint16_t)(partner[c] == a ? b : a);
+        uint16_t partner_of_a = partner[a], frequency_of_a = frequency[a];
+        int8_t sign_of_a = sign[a];
+        partner[a] = partner[b], frequency[a] = frequency[b], sign[a] = sign[b];
+        partner[b] = partner_of_a, frequency[b] = frequency_of_a, sign[b] = sign_of_a;
+    }
+}
+
 static guarded_rope random_rope(rng *r, const problem *p) {
     guarded_rope g;
     size_t n = (size_t)p->n_kv_heads * p->head_dim;
-    uint32_t n_frequencies = p->n_rot ? p->n_rot / 2 : 1;
+    uint32_t n_pairs = p->n_rot ? p->n_rot / 2 : 1;
+    uint32_t n_frequencies = n_pairs + (rng_next(r) >> 63 ? 0 : rng_between(r, 0, 150));
     size_t n_waves = p->n_slots * n_frequencies;
     g.partner = guarded_new(n * sizeof(uint16_t), p->at_end);
     g.sign = guarded_new(n, p->at_end);
@@ -69,6 +83,11 @@ static guarded_rope random_rope(rng *r, const problem *p) {
     g.cos = guarded_new(n_waves * sizeof(float), p->at_end);
     g.sin = guarded_new(n_waves * sizeof(float), p->at_end);
     fill_rope_tables(g.partner.data, g.sign.data, g.frequency.data, p->n_kv_heads, p->head_dim, p->n_rot);
+    for (uint32_t head = 0; head < p->n_kv_heads; head++) {
+        size_t at = (size_t)head * p->head_dim;
+        order_head(r, (uint16_t *)g.partner.data + at, (int8_t *)g.sign.data + at, (uint16_t *)g.frequency.data + at,
+                   p->head_dim);
+    }
     rng_floats(r, g.cos.data, n_waves);
     rng_floats(r, g.sin.data, n_waves);
     g.rope = (ksort_rope){sizeof(ksort_rope), n_frequencies, g.partner.data, g.sign.data,

@@ -8,7 +8,10 @@ uint32_t ksort_scalar_max_magnitude(const float *x, size_t n);
 void ksort_scalar_rope(const struct rope_row *rope, const float *x, uint32_t head_dim, float *y);
 void ksort_scalar_round_bfp(const float *x, uint32_t head_dim, uint32_t block_size, uint32_t mantissa_bits,
                             int8_t *mantissas, uint8_t *exponents);
-void ksort_scalar_rotate(float *x, uint32_t head_dim);
+void ksort_scalar_transform_key(const struct head_transform *transform, uint32_t head_dim, float *y);
+void ksort_scalar_transform_query(const struct head_transform *transform, uint32_t head_dim, float *q);
+void ksort_scalar_restore_value(const struct head_transform *transform, const uint16_t *places, uint32_t head_dim,
+                                float *out);
 void ksort_scalar_encode_transformed(const struct head_transform *transform, const struct head_layout *layout,
                                      uint32_t n_tokens, float (*heads)[KSORT_MAX_HEAD_DIM],
                                      struct encoded_head *encoded);

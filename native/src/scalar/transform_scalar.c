@@ -1,16 +1,13 @@
-/* Rotating, and the encoder of transformed heads, one head of one token after another:
+/* Transforms of one head, in place:
  *
- *     y [head_dim] f32 --shift, scale, rotate, sequence--> y --largest, squared errors a block--> exponents [blocks] u8
- *     channel c: y[c] --round--> mantissa i8, error --times feedback[c][c+1 ..]--> taken from y[c+1 ..]
+ *     key or value:  y - shift, * scale ----------------> rotate ---> y[i] = y[sequence[i]]
+ *     query:         q / scale -------------------------> rotate ---> q[i] = q[sequence[i]]
+ *     output:        out[c] = out[places[c]] -----------> rotate ---> / scale, + shift
  *
- * Bytes moved: 4 head_dim in, head_dim + blocks out; of the feedback matrix the half above its diagonal,
- * 2 head_dim^2 bytes, which stay in L1 or L2 over the tokens of a head.
+ * Bytes moved: 4 head_dim in and out; 10 head_dim of tables, which stay in L1 over the tokens of a head.
  */
-#include <math.h>
-
 #include "rounding.h"
 #include "scalar/scalar.h"
-#include "transform.h"
 
 static void rotate_segment(float *x, uint32_t n)
 {
@@ -26,7 +23,7 @@ static void rotate_segment(float *x, uint32_t n)
         x[i] *= factor;
 }
 
-void ksort_scalar_rotate(float *x, uint32_t head_dim)
+static void rotate(float *x, uint32_t head_dim)
 {
     for (uint32_t begin = 0, n; begin < head_dim; begin += n) {
         n = largest_power_of_two(head_dim - begin);
@@ -34,71 +31,45 @@ void ksort_scalar_rotate(float *x, uint32_t head_dim)
     }
 }
 
-static float nearest_mantissa(float y, const struct block_step *step)
+/* y[i] = y[from[i]]; from [head_dim] is a permutation, or NULL for none. */
+static void permute(float *y, const uint16_t *from, uint32_t head_dim)
 {
-    float u = y * step->inverse.first * step->inverse.second;
-    u = u < step->high ? u : step->high; /* NaN becomes `high` here, as the minimum of x86 has it */
-    u = u > step->low ? u : step->low;
-    return (float)lrintf(u); /* ties to even, the default mode */
+    if (!from)
+        return;
+    float copy[KSORT_MAX_HEAD_DIM];
+    memcpy(copy, y, head_dim * sizeof *y);
+    for (uint32_t i = 0; i < head_dim; i++)
+        y[i] = copy[from[i]];
 }
 
-static float sum_in_halves(float sums[16])
+void ksort_scalar_transform_key(const struct head_transform *transform, uint32_t head_dim, float *y)
 {
-    for (uint32_t half = 8; half > 0; half /= 2)
-        for (uint32_t i = 0; i < half; i++)
-            sums[i] = sums[i] + sums[i + half];
-    return sums[0];
-}
-
-/* Of the block's natural exponent and one less, that which leaves the smaller squared error. */
-static uint32_t least_error_exponent(const float *x, uint32_t n, uint32_t mantissa_bits)
-{
-    uint32_t exponent = ksort_scalar_max_magnitude(x, n) >> 23;
-    if (exponent <= 1)
-        return exponent;
-    struct block_step unit = unit_step(mantissa_bits);
-    struct step_inverse inverse = step_inverse_of(exponent, mantissa_bits);
-    float own[16] = {0}, halved[16] = {0};
-    for (uint32_t c = 0; c < n; c++) {
-        float u = x[c] * inverse.first * inverse.second, twice = 2.0f * u;
-        float error = u - nearest_mantissa(u, &unit), error_of_twice = twice - nearest_mantissa(twice, &unit);
-        own[c % 16] += error * error;
-        halved[c % 16] += error_of_twice * error_of_twice;
-    }
-    return sum_in_halves(halved) < 4.0f * sum_in_halves(own) ? exponent - 1 : exponent;
-}
-
-static void encode_head(const struct head_transform *transform, const struct head_layout *layout, float *y,
-                        struct encoded_head *encoded)
-{
-    uint32_t head_dim = layout->head_dim, block_size = layout->block_size;
-    shift_and_scale(transform, head_dim, y);
+    for (uint32_t c = 0; transform->shift && c < head_dim; c++)
+        y[c] = y[c] - transform->shift[c];
+    for (uint32_t c = 0; transform->scale && c < head_dim; c++)
+        y[c] = y[c] * transform->scale[c];
     if (transform->rotate)
-        ksort_scalar_rotate(y, head_dim);
-    put_in_sequence(transform, head_dim, y);
-    for (uint32_t b = 0; b < layout->n_blocks; b++) {
-        uint32_t begin = b * block_size, n = (uint32_t)min_size(block_size, head_dim - begin);
-        encoded->exponents[b] = (uint8_t)least_error_exponent(y + begin, n, layout->mantissa_bits);
-    }
-    struct block_step step = {.step = 0};
-    for (uint32_t c = 0; c < head_dim; c++) {
-        if (c % block_size == 0)
-            step = block_step_of(encoded->exponents[c / block_size], layout->mantissa_bits);
-        float mantissa = nearest_mantissa(y[c], &step);
-        encoded->mantissas.channels[c] = (int8_t)mantissa;
-        if (!transform->feedback)
-            continue;
-        const float *feedback = transform->feedback + (size_t)c * head_dim;
-        float error = y[c] - mantissa * step.step;
-        for (uint32_t j = c + 1; j < head_dim; j++)
-            y[j] = y[j] - error * feedback[j];
-    }
+        rotate(y, head_dim);
+    permute(y, transform->sequence, head_dim);
 }
 
-void ksort_scalar_encode_transformed(const struct head_transform *transform, const struct head_layout *layout,
-                                     uint32_t n_tokens, float (*heads)[KSORT_MAX_HEAD_DIM],
-                                     struct encoded_head *encoded)
+void ksort_scalar_transform_query(const struct head_transform *transform, uint32_t head_dim, float *q)
 {
-    for (uint32_t token = 0; token < n_tokens; token++)
-        encode_head(transform, layout, heads[token], &encoded[token]);
+    for (uint32_t c = 0; transform->scale && c < head_dim; c++)
+        q[c] = q[c] / transform->scale[c];
+    if (transform->rotate)
+        rotate(q, head_dim);
+    permute(q, transform->sequence, head_dim);
+}
+
+void ksort_scalar_restore_value(const struct head_transform *transform, const uint16_t *places, uint32_t head_dim,
+                                float *out)
+{
+    permute(out, places, head_dim);
+    if (transform->rotate)
+        rotate(out, head_dim);
+    for (uint32_t c = 0; transform->scale && c < head_dim; c++)
+        out[c] = out[c] / transform->scale[c];
+    for (uint32_t c = 0; transform->shift && c < head_dim; c++)
+        out[c] = out[c] + transform->shift[c];
 }

@@ -1,5 +1,4 @@
 /* Packing with AVX2, one head of one token a call, 8 channels a register; a row's rest is the scalar level's.
- * RoPE is the scalar level's too: see pack_avx512.c.
  *
  *     x [8] f32 --> block maximum (integer compare of magnitudes) --> exponent
  *     x [8] f32 --> x / step --> i32, ties to even --> clamp --> i8 [8]

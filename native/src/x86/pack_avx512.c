@@ -4,7 +4,6 @@
  *     x [16] f32 --> x / step --> i32, ties to even --> clamp --> i8 [16]
  *
  * Bytes moved: 4 head_dim in, head_dim + blocks out (to the stack; the words follow from there).
- * RoPE stays the scalar level's: three gathers for 16 channels took as long on Zen 4 as the scalar loop's loads.
  */
 #include <immintrin.h>
 

@@ -13,9 +13,13 @@
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
 
 uint32_t ksort_avx2_max_magnitude(const float *x, size_t n);
+void ksort_avx2_rope(const struct rope_row *rope, const float *x, uint32_t head_dim, float *y);
 void ksort_avx2_round_bfp(const float *x, uint32_t head_dim, uint32_t block_size, uint32_t mantissa_bits,
                           int8_t *mantissas, uint8_t *exponents);
-void ksort_avx2_rotate(float *x, uint32_t head_dim);
+void ksort_avx2_transform_key(const struct head_transform *transform, uint32_t head_dim, float *y);
+void ksort_avx2_transform_query(const struct head_transform *transform, uint32_t head_dim, float *q);
+void ksort_avx2_restore_value(const struct head_transform *transform, const uint16_t *places, uint32_t head_dim,
+                              float *out);
 void ksort_avx2_encode_transformed(const struct head_transform *transform, const struct head_layout *layout,
                                    uint32_t n_tokens, float (*heads)[KSORT_MAX_HEAD_DIM],
                                    struct encoded_head *encoded);
@@ -28,9 +32,13 @@ accumulate_function ksort_avx2_accumulate_float, ksort_avx2_accumulate_bfp;
 void ksort_avx2_linear(const struct linear_block *block);
 
 uint32_t ksort_avx512_max_magnitude(const float *x, size_t n);
+void ksort_avx512_rope(const struct rope_row *rope, const float *x, uint32_t head_dim, float *y);
 void ksort_avx512_round_bfp(const float *x, uint32_t head_dim, uint32_t block_size, uint32_t mantissa_bits,
                             int8_t *mantissas, uint8_t *exponents);
-void ksort_avx512_rotate(float *x, uint32_t head_dim);
+void ksort_avx512_transform_key(const struct head_transform *transform, uint32_t head_dim, float *y);
+void ksort_avx512_transform_query(const struct head_transform *transform, uint32_t head_dim, float *q);
+void ksort_avx512_restore_value(const struct head_transform *transform, const uint16_t *places, uint32_t head_dim,
+                                float *out);
 void ksort_avx512_encode_transformed(const struct head_transform *transform, const struct head_layout *layout,
                                      uint32_t n_tokens, float (*heads)[KSORT_MAX_HEAD_DIM],
                                      struct encoded_head *encoded);

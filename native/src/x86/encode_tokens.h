@@ -11,57 +11,14 @@
  * Bytes moved, a panel: 4 LANES for each earlier channel's errors, which stand in y's place (up to 16 KB, L1), and 32
  * of its feedback row; the panel itself is loaded and stored once.
  *
- * The including file defines LANES, the types lanes (float) and lanes_int (int32_t), and lanes_round (to nearest even),
- * lanes_min, lanes_max (the second operand where one is NaN), lanes_max_int, lanes_to_int and transpose_lanes.
+ * The including file includes lanes_avx2.h or lanes_avx512.h, and defines transpose_lanes.
  */
-#ifndef KSORT_TRANSFORM_LANES_H
-#define KSORT_TRANSFORM_LANES_H
+#ifndef KSORT_ENCODE_TOKENS_H
+#define KSORT_ENCODE_TOKENS_H
 
-#include "rounding.h"
-#include "x86/x86.h"
+#include "x86/encode_step.h"
 
 #define PANEL 8 /* channels: two quads, within a block of any size */
-
-/* struct block_step of LANES tokens; see rounding.h. */
-struct lanes_step {
-    lanes first, second, step, low, high;
-};
-
-ALWAYS_INLINE lanes lanes_set(float x)
-{
-    return x - (lanes){0};
-}
-
-ALWAYS_INLINE lanes_int lanes_set_int(int32_t x)
-{
-    return x - (lanes_int){0};
-}
-
-/* 2^power, -126 to 127. */
-ALWAYS_INLINE lanes lanes_power(lanes_int power)
-{
-    return (lanes)((power + 127) << 23);
-}
-
-ALWAYS_INLINE struct lanes_step lanes_step_of(lanes_int exponent, int32_t mantissa_bits)
-{
-    lanes_int power = mantissa_bits - 2 + 127 - exponent, half = power >> 1, rest = power - half;
-    lanes_int is_stored = exponent != 0; /* all bits, or none */
-    int32_t limit = 1 << (mantissa_bits - 1);
-    return (struct lanes_step){
-        .first = (lanes)((lanes_int)lanes_power(half) & is_stored),
-        .second = lanes_power(rest),
-        .step = lanes_power(-half) * lanes_power(-rest),
-        .low = (lanes)((lanes_int)lanes_set((float)-limit) & is_stored),
-        .high = (lanes)((lanes_int)lanes_set((float)(limit - 1)) & is_stored),
-    };
-}
-
-/* Rounded to nearest within low .. high; NaN becomes `high`. */
-ALWAYS_INLINE lanes lanes_mantissa(lanes u, lanes low, lanes high)
-{
-    return lanes_round(lanes_max(lanes_min(u, high), low));
-}
 
 /* Strides `stride`, 2 stride, .. of `radix` rows that lie `stride` apart. radix is a constant. */
 ALWAYS_INLINE void butterflies(lanes *y, uint32_t stride, const uint32_t radix)
@@ -227,4 +184,4 @@ static void encode_group(const struct head_transform *transform, const struct he
             encoded[token].exponents[b] = (uint8_t)exponents[b][token];
 }
 
-#endif /* KSORT_TRANSFORM_LANES_H */
+#endif /* KSORT_ENCODE_TOKENS_H */
