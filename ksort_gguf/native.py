@@ -11,16 +11,9 @@ import numpy as np
 from cffi import FFI
 
 from ksort_gguf import native_files, native_structs
-from ksort_gguf.cache_types import CACHE_TYPES
 from ksort_gguf.errors import KsortError
-from ksort_gguf.families.rope import RopeTables
 from ksort_gguf.native_status import LEVELS, user_error
-from ksort_gguf.native_structs import ALIGNMENT, Rope, TransformTables, aligned_buffer
-from ksort_gguf.plan.kplan import Transform
-
-PARTS = ("k", "v", "attend")  # of a LayerStep: pack keys, pack values, attend
-
-_FLOAT_BYTES = 4
+from ksort_gguf.native_structs import Rope, TransformTables, aligned_buffer
 
 
 class _Binding:
@@ -65,12 +58,12 @@ class _Binding:
         raise ValueError(f"libksort: {text} (status {status}){where}")
 
 
-_binding = functools.cache(_Binding)
+loaded = functools.cache(_Binding)  # the one binding of the process
 
 
 def kernels() -> str:
     """The kernel level in use, one of LEVELS. Raises KsortError if KSORT_KERNELS names one that cannot run here."""
-    binding = _binding()
+    binding = loaded()
     level = binding.ffi.string(binding.lib.ksort_kernels()).decode()
     if level == "unsupported":
         binding.check(binding.lib.KSORT_ERR_KERNELS)
@@ -79,14 +72,14 @@ def kernels() -> str:
 
 def select_kernels(level: str | None) -> None:
     """Use `level` (None: the automatic choice) in the whole process. Raises ValueError if this CPU cannot run it."""
-    binding = _binding()
+    binding = loaded()
     if binding.lib.ksort_select_kernels(binding.ffi.NULL if level is None else level.encode()):
         raise ValueError(f"kernel level {level!r} is unknown, or this CPU does not support it")
 
 
 def available_levels() -> list[str]:
     """The levels that this CPU can run, lowest first. The level in use stays as it is."""
-    binding = _binding()
+    binding = loaded()
     in_use = binding.ffi.string(binding.lib.ksort_kernels())
     usable = []
     for level in LEVELS:
@@ -99,60 +92,9 @@ def available_levels() -> list[str]:
 
 def tile_bytes(type_name: str, head_dim: int, block_size: int) -> int:
     """Bytes of one tile, from the library itself. Raises ValueError for an impossible format."""
-    binding = _binding()
+    binding = loaded()
     struct = native_structs.format_struct(binding, type_name, head_dim, block_size)
     return binding.size(binding.lib.ksort_tile_bytes, struct)
-
-
-class Pool:
-    """`n_threads` threads (the caller is one of them) and the workspace they share. Used by one thread at a time."""
-
-    def __init__(self, n_threads: int):
-        self._binding = _binding()
-        handle = self._binding.ffi.new("ksort_pool **")
-        self._binding.check(self._binding.lib.ksort_pool_create(n_threads, handle))
-        self.n_threads = n_threads
-        self.handle = self._binding.ffi.gc(handle[0], self._binding.lib.ksort_pool_destroy)
-        self.grow_workspace(ALIGNMENT)
-
-    def grow_workspace(self, n_bytes: int) -> None:
-        """Replace the workspace by one of `n_bytes`; its contents are not kept."""
-        self.workspace = aligned_buffer(n_bytes)
-        self.workspace_pointer = self._binding.array("void *", self.workspace)
-
-    def linear(self, weights: "Weights", x_address: int, y_address: int, n_rows: int) -> None:
-        """y = x W^T + bias over all threads: x float32 [n_rows, n_in], y float32 [n_rows, n_out], both contiguous."""
-        args, cast, floats = weights.struct, self._binding.ffi.cast, self._binding.float_pointer
-        args.x, args.y, args.n_rows = cast(floats, x_address), cast(floats, y_address), n_rows
-        self._binding.check(self._binding.lib.ksort_pool_linear(self.handle, args))
-
-    def close(self) -> None:
-        """End the threads. Closing twice does nothing; a pool that nobody refers to closes itself."""
-        if self.handle != self._binding.ffi.NULL:
-            self._binding.ffi.release(self.handle)
-            self.handle = self._binding.ffi.NULL
-
-    def __enter__(self) -> "Pool":
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self.close()
-
-
-class Weights:
-    """A matrix [n_out, n_in] in f32, f16 or bf16, rows contiguous, with an optional float32 bias [n_out].
-
-    For Pool.linear. Both are given by their addresses; the caller keeps their memory alive.
-    """
-
-    def __init__(self, type_name: str, n_out: int, n_in: int, address: int, bias_address: int | None = None):
-        binding = _binding()
-        self.struct = args = binding.new("ksort_linear_args")
-        args.type, args.n_out, args.n_in = CACHE_TYPES[type_name].native_id, n_out, n_in
-        args.x_row_stride, args.y_row_stride = n_in, n_out
-        args.weights = binding.ffi.cast("void *", address)
-        if bias_address is not None:
-            args.bias = binding.ffi.cast(binding.float_pointer, bias_address)
 
 
 class Cache:
@@ -167,7 +109,7 @@ class Cache:
     def __init__(
         self, type_name, head_dim, block_size, n_kv_heads, n_slots, buffer=None, tile_stride=None, head_stride=None
     ):
-        self._binding = binding = _binding()
+        self._binding = binding = loaded()
         self.type_name, self.head_dim, self.n_kv_heads = type_name, head_dim, n_kv_heads
         self.heads = n_kv_heads, head_dim
         one_tile = tile_bytes(type_name, head_dim, block_size)
@@ -218,7 +160,7 @@ def attend(
     `k_transform`, `v_transform`: the Transforms that keys and values were packed with. Runs all `nth` parts and the
     merge one after another: for tests and embedding. Raises as _Binding.check.
     """
-    binding = _binding()
+    binding = loaded()
     q = native_structs.float_heads("q", q, k_cache.head_dim)
     n_queries, n_heads, head_dim = q.shape
     out = np.empty_like(q)
@@ -235,74 +177,3 @@ def attend(
         for ith in range(nth):
             binding.check(call(args, ith, nth))
     return out
-
-
-class LayerStep:
-    """The runner's one call a layer: packs the step's keys and values, then attends, over all threads of `pool`.
-
-    `rope`: tables with arrays [n_kv_heads, head_dim]; `k_transform`, `v_transform`: the plan's for this layer, None
-    for float cache types. `layer` only serves error messages.
-    """
-
-    def __init__(
-        self, pool, k_cache, v_cache, *, n_heads, scale, window, query_type, rope: RopeTables, layer=None,
-        k_transform: Transform | None = None, v_transform: Transform | None = None,
-    ):  # fmt: skip
-        self._binding = binding = _binding()
-        self._pool, self._where = pool, "" if layer is None else f" (layer {layer})"
-        self._kept = struct = native_structs.Attend(
-            binding, k_cache, v_cache, n_heads, scale, window, query_type, rope, (k_transform, v_transform)
-        )
-        self._attend, self._rope = struct.pointer, struct.rope.pointer
-        self._k, self._v = binding.new("ksort_pack_args"), binding.new("ksort_pack_args")
-        self._k.cache, self._k.transform, self._k.rope = k_cache.struct, struct.k_transform.pointer, self._rope
-        self._v.cache, self._v.transform = v_cache.struct, struct.v_transform.pointer
-        null = binding.ffi.NULL
-        self._alone = {"k": (self._k, null, null), "v": (null, self._v, null), "attend": (null, null, self._attend)}
-        self._k_offset = n_heads * k_cache.head_dim * _FLOAT_BYTES
-        self._v_offset = self._k_offset + k_cache.n_kv_heads * k_cache.head_dim * _FLOAT_BYTES
-
-    def run(self, *step: int) -> None:
-        """One step, said as `prepare` takes it.
-
-        Raises as _Binding.check; nothing was packed then, unless scores overflowed.
-        """
-        self.prepare(*step)
-        self._call(self._k, self._v, self._attend)
-
-    def prepare(
-        self, qkv_address: int, token_stride: int, n_tokens: int, first_slot: int,
-        cos_address: int, sin_address: int, n_frequencies: int, out_address: int, out_token_stride: int,
-    ) -> None:  # fmt: skip
-        """Say where a step of `n_tokens` tokens is, the first in slot `first_slot`; nothing runs yet.
-
-        Addresses are of float32, strides in floats. A row of qkv is [n_heads q | n_kv_heads k | n_kv_heads v] *
-        head_dim; cos and sin are [n_tokens, n_frequencies]; out rows are [n_heads * head_dim].
-        """
-        binding, k, v, attend_args, rope = self._binding, self._k, self._v, self._attend, self._rope
-        cast, floats = binding.ffi.cast, binding.float_pointer
-        rope.cos, rope.sin, rope.n_frequencies = cast(floats, cos_address), cast(floats, sin_address), n_frequencies
-        k.x, v.x = cast(floats, qkv_address + self._k_offset), cast(floats, qkv_address + self._v_offset)
-        k.x_token_stride = v.x_token_stride = attend_args.q_token_stride = token_stride
-        k.first_slot = v.first_slot = attend_args.first_slot = first_slot
-        k.n_tokens = v.n_tokens = attend_args.n_queries = n_tokens
-        attend_args.q, attend_args.out = cast(floats, qkv_address), cast(floats, out_address)
-        attend_args.out_token_stride = out_token_stride
-
-    def run_part(self, part: str) -> None:
-        """One of PARTS of the step that was prepared last, alone: for measurements. Raises as _Binding.check."""
-        self._call(*self._alone[part])
-
-    def _call(self, k, v, attend_args) -> None:
-        lib, pool = self._binding.lib, self._pool
-        status = self._step(k, v, attend_args)
-        if status == lib.KSORT_ERR_WORKSPACE:  # rare: the sizes grew. Packing again writes the same bytes.
-            pool.grow_workspace(self._binding.size(lib.ksort_attend_workspace_bytes, attend_args, pool.n_threads))
-            status = self._step(k, v, attend_args)
-        if status:
-            self._binding.check(status, self._where)
-
-    def _step(self, k, v, attend_args) -> int:
-        pool, attend_struct = self._pool, self._attend
-        attend_struct.workspace, attend_struct.workspace_bytes = pool.workspace_pointer, len(pool.workspace)
-        return self._binding.lib.ksort_pool_step(pool.handle, k, v, attend_args)

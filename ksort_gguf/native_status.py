@@ -1,11 +1,13 @@
 """What a status of libksort that the user can act on says to them. Knows no cffi."""
 
 import os
+import platform
 
 from ksort_gguf.errors import KsortError
 
 KERNELS_VARIABLE = "KSORT_KERNELS"  # read by the library itself
-LEVELS = ("scalar", "avx2", "avx512bw", "avx512")  # kernel levels, lowest first
+# kernel levels, lowest first
+LEVELS = ("scalar", "neon") if platform.machine() == "aarch64" else ("scalar", "avx2", "avx512bw", "avx512")
 
 _MESSAGES = {  # {where}: nothing, or the layer
     "KSORT_ERR_NON_FINITE": (

@@ -5,7 +5,7 @@ from native_support import new_cache, random_transform, rope_for
 
 from ksort_gguf import native, native_structs
 
-BINDING = native._binding()
+BINDING = native.loaded()
 FFI, LIB = BINDING.ffi, BINDING.lib
 N_HEADS, N_KV_HEADS, HEAD_DIM, N_SLOTS = 4, 2, 36, 100  # 36: padded words, 3 blocks of 16
 

@@ -41,7 +41,7 @@ def test_attend_within_bound(level, rng, k_type, query_type, shape):
         k_cache, v_cache, q, shape.first_slot,
         scale=scale, window=shape.window, query_type=query_type, nth=shape.nth, **rope,
     )  # fmt: skip
-    assert_close(out, *used, shape.first_slot, scale, shape.window)
+    assert_close(out, *used, shape.first_slot, scale, shape.window, shape.v_type)
 
 
 @pytest.mark.parametrize("v_type", BFP_TYPES + FLOAT_TYPES)
@@ -52,7 +52,7 @@ def test_value_types(level, rng, v_type, k_type, head_dim, n_queries):
     shape = Shape(head_dim, 32, 4, 2, 77, n_queries, 0, head_dim, v_type, 2)
     k_cache, v_cache, q, rope, used = random_problem(rng, shape, k_type, "bfp16")
     out = native.attend(k_cache, v_cache, q, 77, scale=0.2, nth=2, **rope)
-    assert_close(out, *used, 77, 0.2, 0)
+    assert_close(out, *used, 77, 0.2, 0, v_type)
 
 
 @pytest.mark.parametrize("head_dim", [2, 4, 6, 14])

@@ -4,14 +4,16 @@ import numpy as np
 import pytest
 import torch
 
-from ksort_gguf import native
+from ksort_gguf import native, native_pool
 
 TYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 
 def product(pool, weights: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     type_name = next(name for name, dtype in TYPES.items() if dtype == weights.dtype)
-    matrix = native.Weights(type_name, *weights.shape, weights.data_ptr(), None if bias is None else bias.data_ptr())
+    matrix = native_pool.Weights(
+        type_name, *weights.shape, weights.data_ptr(), None if bias is None else bias.data_ptr()
+    )
     y = torch.full((len(x), len(weights)), torch.nan)
     pool.linear(matrix, x.data_ptr(), y.data_ptr(), len(x))
     return y
@@ -24,31 +26,32 @@ def bound(weights: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("type_name", TYPES)
-@pytest.mark.parametrize("n_in", [1, 7, 16, 63, 64, 129, 576])
-@pytest.mark.parametrize("n_rows", [1, 2, 3, 4, 5, 9])
+@pytest.mark.parametrize("n_in", [1, 7, 16, 63, 64, 129, 576, 1100])
+@pytest.mark.parametrize("n_rows", [1, 2, 3, 4, 5, 9, 29])
 def test_product_is_within_the_bound_of_float64(level, type_name, n_in, n_rows):
-    """Catches wrong tails, rows beyond the fourth, conversions of f16 and bf16, bias, and outputs that no one wrote."""
+    """Catches wrong tails, panels and blocks of rows, conversions of f16 and bf16, bias, and outputs left unwritten."""
     generator = torch.Generator().manual_seed(n_in * 10 + n_rows)
     weights = torch.randn((37, n_in), generator=generator).to(TYPES[type_name])
     x, bias = torch.randn((n_rows, n_in), generator=generator), torch.randn(37, generator=generator)
-    with native.Pool(2) as pool:
+    with native_pool.Pool(2) as pool:
         y = product(pool, weights, x, bias)
     exact = x.double() @ weights.double().T + bias.double()
     assert ((y.double() - exact).abs() <= bound(weights, x) + 2.0**-23 * exact.abs()).all()
 
 
 @pytest.mark.parametrize("n_threads", [1, 2, 3])
-def test_many_parts_give_the_same_as_one_thread(n_threads):
-    """Catches parts that overlap or leave gaps: this matrix has about 30 of them."""
-    weights, x = torch.randn(999, 1001).half(), torch.randn(2, 1001)
-    with native.Pool(1) as one, native.Pool(n_threads) as many:
+@pytest.mark.parametrize("n_rows", [2, 70])
+def test_many_parts_give_the_same_as_one_thread(n_threads, n_rows):
+    """Catches parts that overlap or leave gaps, and sums that depend on where outputs are cut: about 30 parts."""
+    weights, x = torch.randn(999, 1001).half(), torch.randn(n_rows, 1001)
+    with native_pool.Pool(1) as one, native_pool.Pool(n_threads) as many:
         assert torch.equal(product(many, weights, x), product(one, weights, x))
 
 
 def test_activations_beyond_f16_stay_finite(level):
     """Catches activations rounded to the weights' type: 1e6 is infinite in f16, and comes out of real models."""
     weights, x = torch.full((8, 40), 0.5).half(), torch.full((1, 40), 1e6)
-    with native.Pool(1) as pool:
+    with native_pool.Pool(1) as pool:
         np.testing.assert_allclose(product(pool, weights, x).numpy(), 2e7, rtol=1e-6)
 
 
@@ -68,9 +71,9 @@ def test_activations_beyond_f16_stay_finite(level):
 )
 def test_bad_arguments(field, value, status):
     """Catches reads and writes out of bounds for arguments that make no sense."""
-    binding = native._binding()
+    binding = native.loaded()
     weights, x, y = torch.zeros(4, 8), torch.zeros(1, 8), torch.full((1, 4), 7.0)
-    args = native.Weights("f32", 4, 8, weights.data_ptr()).struct
+    args = native_pool.Weights("f32", 4, 8, weights.data_ptr()).struct
     args.x, args.y = (binding.ffi.cast("float *", t.data_ptr()) for t in (x, y))
     args.n_rows = 1
     setattr(args, field, value)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from native_support import new_cache, rope_for
 
-from ksort_gguf import native
+from ksort_gguf import native, native_pool
 from ksort_gguf.errors import KsortError
 
 N_HEADS, N_KV_HEADS, HEAD_DIM, N_SLOTS = 6, 2, 64, 512
@@ -16,13 +16,13 @@ ROW = (N_HEADS + 2 * N_KV_HEADS) * HEAD_DIM  # floats of q, k and v of one token
 class Layer:
     """One layer's caches and step, and the same twice over for plain calls."""
 
-    def __init__(self, rng, pool: native.Pool, k_type="bfp12", v_type="f16"):
+    def __init__(self, rng, pool: native_pool.Pool, k_type="bfp12", v_type="f16"):
         caches = [new_cache(t, HEAD_DIM, 32, N_KV_HEADS, N_SLOTS) for t in (k_type, v_type) * 2]
         (self.k, self.k_tiles), (self.v, self.v_tiles) = caches[:2]
         (self.plain_k, self.plain_k_tiles), (self.plain_v, self.plain_v_tiles) = caches[2:]
         self.pool = pool
         _, self.rope = rope_for(rng, N_KV_HEADS, HEAD_DIM, HEAD_DIM, "half", N_SLOTS)
-        self.step = native.LayerStep(
+        self.step = native_pool.LayerStep(
             pool, self.k, self.v, n_heads=N_HEADS, scale=0.125, window=0, query_type="bfp16",
             rope=self.rope["rope"], layer=7,
         )  # fmt: skip
@@ -56,7 +56,7 @@ class Layer:
 @pytest.mark.parametrize(("n_threads", "v_type"), [(1, "f16"), (2, "bfp12"), (3, "bfp14"), (4, "f16")])
 def test_pool_equals_plain_calls(level, rng, n_threads, v_type):
     """Catches lost or doubled parts, a missing barrier between pack, attend and merge, and a stale workspace size."""
-    with native.Pool(n_threads) as pool:
+    with native_pool.Pool(n_threads) as pool:
         layer = Layer(rng, pool, v_type=v_type)
         first_slot = 0
         for n_tokens in (1, 3, 200, 1, 1, 70, 1):  # grows the workspace after small steps
@@ -72,7 +72,7 @@ def test_pool_equals_plain_calls(level, rng, n_threads, v_type):
 @pytest.mark.parametrize("n_threads", [2, 4])
 def test_many_short_steps(rng, n_threads):
     """Catches a lost wake-up or a thread still in the last step: layers take turns on one pool, as in the runner."""
-    with native.Pool(n_threads) as pool:
+    with native_pool.Pool(n_threads) as pool:
         layers = [Layer(rng, pool) for _ in range(3)]
         for slot in range(200):
             qkv = rng.standard_normal((1, ROW)).astype(np.float32)
@@ -83,7 +83,7 @@ def test_many_short_steps(rng, n_threads):
 @pytest.mark.parametrize("place", ["k", "v", "q"])
 def test_errors_name_the_layer_and_write_nothing(level, rng, place):
     """Catches keys stored although the values of the same step are NaN, and an error that does not say where."""
-    with native.Pool(2) as pool:
+    with native_pool.Pool(2) as pool:
         layer = Layer(rng, pool)
         qkv = rng.standard_normal((4, ROW)).astype(np.float32)
         qkv[2, {"q": 0, "k": N_HEADS * HEAD_DIM, "v": ROW - 1}[place]] = np.nan
@@ -98,7 +98,7 @@ def test_errors_name_the_layer_and_write_nothing(level, rng, place):
 
 def test_values_beyond_f16_name_the_way_out(rng):
     """Catches a range error without the flag that helps."""
-    with native.Pool(1) as pool:
+    with native_pool.Pool(1) as pool:
         layer = Layer(rng, pool)
         qkv = np.full((1, ROW), 1e5, np.float32)
         with pytest.raises(KsortError, match="--cache-type-v f32"):
@@ -108,11 +108,11 @@ def test_values_beyond_f16_name_the_way_out(rng):
 
 def test_window(rng):
     """Catches a LayerStep that drops its window."""
-    with native.Pool(2) as pool:
+    with native_pool.Pool(2) as pool:
         outs = []
         for window in (0, 8):
             layer = Layer(np.random.default_rng(3), pool)
-            step = native.LayerStep(
+            step = native_pool.LayerStep(
                 pool, layer.k, layer.v, n_heads=N_HEADS, scale=0.125, window=window, query_type="f32",
                 rope=layer.rope["rope"],
             )  # fmt: skip
@@ -125,7 +125,7 @@ def test_window(rng):
 def test_pool_closes_twice_and_reopens():
     """Catches a double free."""
     for _ in range(20):
-        pool = native.Pool(3)
+        pool = native_pool.Pool(3)
         pool.close()
         pool.close()
 
@@ -134,7 +134,7 @@ def test_pool_closes_twice_and_reopens():
 def test_pool_threads_end():
     """Catches threads that outlive their pool, closed or merely forgotten."""
     before = len(list(Path("/proc/self/task").iterdir()))
-    pool, forgotten = native.Pool(3), native.Pool(2)
+    pool, forgotten = native_pool.Pool(3), native_pool.Pool(2)
     assert len(list(Path("/proc/self/task").iterdir())) == before + 3
     pool.close()
     del forgotten
@@ -143,7 +143,7 @@ def test_pool_threads_end():
 
 def test_a_closed_pool_is_refused(rng):
     """Catches a step on freed memory."""
-    pool = native.Pool(2)
+    pool = native_pool.Pool(2)
     layer = Layer(rng, pool)
     pool.close()
     with pytest.raises(ValueError, match="libksort"):

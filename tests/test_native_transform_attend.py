@@ -16,7 +16,7 @@ from native_support import (
     rotated,
 )
 
-from ksort_gguf import native, reference
+from ksort_gguf import native, native_pool, reference
 from ksort_gguf.errors import KsortError
 from ksort_gguf.plan.kplan import Transform
 
@@ -181,8 +181,8 @@ def test_layer_step_equals_plain_calls(level, rng):
     k_cache, _ = new_cache("bfp12", head_dim, 32, n_kv_heads, n_tokens)
     v_cache, _ = new_cache("bfp12", head_dim, 16, n_kv_heads, n_tokens)
     out = np.empty_like(expected)
-    with native.Pool(2) as pool:
-        step = native.LayerStep(
+    with native_pool.Pool(2) as pool:
+        step = native_pool.LayerStep(
             pool, k_cache, v_cache, n_heads=n_heads, scale=problem.scale, window=0, query_type="bfp16",
             rope=problem.query_rope["rope"],
             k_transform=float64_copy(problem.k_transform), v_transform=float64_copy(problem.v_transform),

@@ -38,7 +38,7 @@ def test_shapes(level, rng, head_dim, v_block_size, v_type, first_slot, n_querie
     shape = Shape(head_dim, 16, 4, 2, first_slot, n_queries, window, head_dim, v_type, 2, v_block_size)
     k_cache, v_cache, q, rope, used = random_problem(rng, shape, "bfp14", "bfp16")
     out = native.attend(k_cache, v_cache, q, first_slot, scale=SCALE, window=window, nth=2, **rope)
-    assert_close(out, *used, first_slot, SCALE, window)
+    assert_close(out, *used, first_slot, SCALE, window, v_type)
 
 
 @pytest.mark.parametrize("n_heads", range(1, 13))
@@ -48,7 +48,7 @@ def test_numbers_of_rows(level, rng, n_heads, v_type):
     shape = Shape(80, 32, n_heads, 1, 100, 1, 0, 80, v_type, 1, v_block_size=16)
     k_cache, v_cache, q, rope, used = random_problem(rng, shape, "f32", "f32")
     out = native.attend(k_cache, v_cache, q, 100, scale=SCALE, query_type="f32", **rope)
-    assert_close(out, *used, 100, SCALE, 0)
+    assert_close(out, *used, 100, SCALE, 0, v_type)
 
 
 @pytest.mark.parametrize("v_type", BFP_TYPES)
@@ -62,7 +62,7 @@ def test_any_stored_bytes(level, rng, v_type, n_queries):
     k, q = any_heads(rng, n_slots, 1, head_dim), any_heads(rng, n_queries, 2, head_dim)
     first_slot = n_slots - n_queries
     out = native.attend(packed(k), v_cache, q, first_slot, scale=SCALE, query_type="f32", nth=2)
-    assert_close(out, k, v_cache.unpack(0, n_slots), q, first_slot, SCALE, 0)
+    assert_close(out, k, v_cache.unpack(0, n_slots), q, first_slot, SCALE, 0, v_type)
 
 
 @pytest.mark.parametrize("v_type", BFP_TYPES + FLOAT_TYPES)
@@ -89,4 +89,4 @@ def test_extreme_values(level, rng, v_type, power):
     k, q = any_heads(rng, n_slots, 1, head_dim), any_heads(rng, n_queries, 3, head_dim)
     v_cache = packed(np.ldexp(k, power), v_type)
     out = native.attend(packed(k), v_cache, q, n_slots - n_queries, scale=SCALE, query_type="f32")
-    assert_close(out, k, v_cache.unpack(0, n_slots), q, n_slots - n_queries, SCALE, 0)
+    assert_close(out, k, v_cache.unpack(0, n_slots), q, n_slots - n_queries, SCALE, 0, v_type)

@@ -4,8 +4,8 @@
 
 Measured where it happens: in the model's forward pass, on its own keys, after a layer's matrices have driven the plan's
 tables out of the processor's caches. Each layer's native call is made as three, timed one by one: pack keys, pack
-values, attend. "Whole" is the runner as it is, in one call a layer; as three calls begin and end more often than one,
-the shares are upper bounds. Without the steps means the same folded weights and cache types, and nearest rounding.
+values, attend; what a call takes that does nothing is measured beside them and taken off. "Whole" is the runner as it
+is, in one call a layer. Without the steps means the same folded weights and cache types, and nearest rounding.
 
 The three ways to run (whole, in parts with the steps, in parts without) take turns, so that noise meets all of them. A
 turn of decoding is -n steps, and its time their median. Prints a Markdown table of medians over -r turns, shares with
@@ -27,7 +27,7 @@ import torch
 from command_line import counts, run_tool
 from model_variants import ModelVariants
 
-from ksort_gguf import native
+from ksort_gguf import native, native_pool
 from ksort_gguf.cache_types import (
     CACHE_TYPES,
     DEFAULT_QUERY_TYPE,
@@ -44,22 +44,28 @@ WITH, WITHOUT = "with", "without"  # the plan's run-time steps
 
 
 class TimedStep:
-    """A native.LayerStep in three calls. `ns`: the nanoseconds of each part since the last `clear`."""
+    """A native_pool.LayerStep in three calls, and one that does nothing.
 
-    def __init__(self, step: native.LayerStep):
+    `ns`: the nanoseconds of each part since the last `clear`, less those of the call that does nothing.
+    """
+
+    def __init__(self, step: native_pool.LayerStep):
         self._step = step
         self.clear()
 
     def clear(self) -> None:
-        self.ns = dict.fromkeys(native.PARTS, 0)
+        self.ns = dict.fromkeys(native_pool.PARTS, 0)
 
     def run(self, *step: int) -> None:
-        """As native.LayerStep.run."""
+        """As native_pool.LayerStep.run."""
         self._step.prepare(*step)
-        for part in native.PARTS:
+        ns = {}
+        for part in (native_pool.NO_PART, *native_pool.PARTS):
             start = time.perf_counter_ns()
             self._step.run_part(part)
-            self.ns[part] += time.perf_counter_ns() - start
+            ns[part] = time.perf_counter_ns() - start
+        for part in native_pool.PARTS:
+            self.ns[part] += ns[part] - ns[native_pool.NO_PART]
 
 
 class Text:
@@ -86,12 +92,12 @@ class Text:
         return statistics.median(times)
 
     def part_ns(self, feeds: list[list[int]]) -> dict[str, float]:
-        """The same work with every layer's call in parts: nanoseconds of each of native.PARTS, all layers together."""
+        """The same work with every layer's call in parts: nanoseconds of each of PARTS, all layers together."""
         times, slot = [], self._depth
         for tokens in feeds:
             times.append(self._feed_in_parts(tokens, slot))
             slot += len(tokens)
-        return {part: statistics.median(ns[part] for ns in times) for part in native.PARTS}
+        return {part: statistics.median(ns[part] for ns in times) for part in native_pool.PARTS}
 
     @torch.inference_mode()
     def _feed_in_parts(self, tokens: list[int], first_slot: int) -> dict[str, int]:
@@ -100,7 +106,7 @@ class Text:
         for start in range(0, len(tokens), N_UBATCH):
             ids = torch.tensor(tokens[start : start + N_UBATCH])
             self._model.logits(self._model.run_layers(ids, self._timed, first_slot + start)[-1:])
-        return {part: sum(step.ns[part] for step in self._timed) for part in native.PARTS}
+        return {part: sum(step.ns[part] for step in self._timed) for part in native_pool.PARTS}
 
 
 @dataclass(frozen=True)
@@ -109,7 +115,7 @@ class Result:
 
     name: str  # as ksort-gguf bench calls it
     whole_ms: list[float]
-    part_ms: dict[str, dict[str, list[float]]]  # by WITH or WITHOUT, then by native.PARTS
+    part_ms: dict[str, dict[str, list[float]]]  # by WITH or WITHOUT, then by native_pool.PARTS
 
     def pack_ms(self, steps: str) -> list[float]:
         """Keys and values together."""
@@ -132,7 +138,7 @@ def _ratios(above: list[float], below: list[float]) -> list[float]:
 
 def measure(texts: dict[str, Text], feeds: list[list[int]], name: str, repetitions: int) -> Result:
     """`repetitions` turns of `feeds` to the texts WITH and WITHOUT the steps, after one that doesn't count."""
-    result = Result(name, [], {steps: {part: [] for part in native.PARTS} for steps in texts})
+    result = Result(name, [], {steps: {part: [] for part in native_pool.PARTS} for steps in texts})
     for turn in range(repetitions + 1):
         whole_ns = texts[WITH].whole_ns(feeds)
         order = (WITH, WITHOUT) if turn % 2 else (WITHOUT, WITH)
@@ -210,7 +216,7 @@ def _row(result: Result) -> str:
     """A line of the table."""
     times = [
         " / ".join(f"{statistics.median(result.part_ms[steps][part]):.3f}" for steps in (WITH, WITHOUT))
-        for part in native.PARTS
+        for part in native_pool.PARTS
     ]
     share = _spread(result.pack_share, lambda share: f"{100 * share:.2f}%")
     ratio = _spread(result.attend_ratio, lambda ratio: f"{ratio:.3f}")

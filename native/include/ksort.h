@@ -122,7 +122,7 @@ uint32_t ksort_abi_version(void);
 const char *ksort_status_text(ksort_status status);
 
 /* The kernel level in use, each faster than the one before: "scalar", "avx2", "avx512bw" (AVX-512 F, BW, VL and DQ),
- * "avx512" (and VNNI). Static storage.
+ * "avx512" (and VNNI); or "scalar", "neon" (AArch64 with the dot product). Static storage.
  * On first use the best level that the CPU supports is chosen, or the one that the environment variable KSORT_KERNELS
  * names ("avx512" there means with VNNI where present); if that is unknown or unsupported, every call that needs kernels
  * returns KSORT_ERR_KERNELS and this returns "unsupported". Thread-safe. */
@@ -204,9 +204,12 @@ ksort_status ksort_attend_workspace_bytes(const ksort_attend_args *args, uint32_
 ksort_status ksort_attend(const ksort_attend_args *args, uint32_t ith, uint32_t nth);
 ksort_status ksort_attend_merge(const ksort_attend_args *args, uint32_t ith, uint32_t nth);
 
-/* y = x W^T + bias for few rows: the matrix product of a decode step, which is bound by reading the weights once.
- * Products and sums are float32, whatever the weights' type; an output is summed by one part, in an order that depends on
- * the kernel level and n_in alone. NaN and infinity are not looked for: they go through as in any float arithmetic. */
+/* What a transformer block does around attention, so that a step needs no other threads than attention's.
+ * Everything is float32; NaN and infinity are not looked for: they go through as in any float arithmetic. */
+
+/* y = x W^T + bias. Products and sums are float32, whatever the weights' type; an output is summed by one part, in an
+ * order that depends on the kernel level, on n_in and on whether n_rows is more than 4. For few rows, as in a decode
+ * step, it is bound by reading the weights, which happens once. */
 typedef struct ksort_linear_args {
     size_t struct_size;
     const void *weights; /* [n_out, n_in], rows contiguous */
@@ -223,6 +226,39 @@ typedef struct ksort_linear_args {
 
 /* Returns KSORT_OK, _ARGUMENT, _STRUCT_SIZE, _TYPE, _KERNELS. */
 ksort_status ksort_linear(const ksort_linear_args *args, uint32_t ith, uint32_t nth);
+
+/* x += added, then y = gain * x / sqrt(mean of x^2 + epsilon) (RMSNorm, arXiv 1910.07467), for each row. y may be x. */
+typedef struct ksort_rms_norm_args {
+    size_t struct_size;
+    float *x;                /* [n_rows, n]; only read where added is NULL */
+    const float *added;      /* [n_rows, n], or NULL */
+    const float *gain;       /* [n] */
+    float *y;                /* [n_rows, n] */
+    size_t x_row_stride;     /* floats between rows, at least n; the other strides likewise */
+    size_t added_row_stride;
+    size_t y_row_stride;
+    uint32_t n;
+    uint32_t n_rows;
+    float epsilon;
+} ksort_rms_norm_args;
+
+/* Returns KSORT_OK, _ARGUMENT, _STRUCT_SIZE, _KERNELS. */
+ksort_status ksort_rms_norm(const ksort_rms_norm_args *args, uint32_t ith, uint32_t nth);
+
+/* y = silu(gate) * up, silu(g) = g / (1 + exp(-g)) (SwiGLU, arXiv 2002.05202), for each row. y may be gate or up. */
+typedef struct ksort_swiglu_args {
+    size_t struct_size;
+    const float *gate;   /* [n_rows, n] */
+    const float *up;     /* [n_rows, n] */
+    float *y;            /* [n_rows, n] */
+    size_t row_stride;   /* of gate and of up: floats between rows, at least n */
+    size_t y_row_stride; /* likewise */
+    uint32_t n;
+    uint32_t n_rows;
+} ksort_swiglu_args;
+
+/* Returns KSORT_OK, _ARGUMENT, _STRUCT_SIZE, _KERNELS. */
+ksort_status ksort_swiglu(const ksort_swiglu_args *args, uint32_t ith, uint32_t nth);
 
 /* Optional threads for callers without their own. A pool may be used by one thread at a time. */
 typedef struct ksort_pool ksort_pool;
@@ -241,8 +277,11 @@ void ksort_pool_destroy(ksort_pool *pool);
 ksort_status ksort_pool_step(ksort_pool *pool, const ksort_pack_args *k, const ksort_pack_args *v,
                              const ksort_attend_args *attend);
 
-/* ksort_linear over all threads. Returns KSORT_OK, _ARGUMENT for a NULL pool, or what ksort_linear returns. */
+/* ksort_linear, ksort_rms_norm and ksort_swiglu over all threads. Return KSORT_OK, _ARGUMENT for a NULL pool, or what
+ * those return. */
 ksort_status ksort_pool_linear(ksort_pool *pool, const ksort_linear_args *args);
+ksort_status ksort_pool_rms_norm(ksort_pool *pool, const ksort_rms_norm_args *args);
+ksort_status ksort_pool_swiglu(ksort_pool *pool, const ksort_swiglu_args *args);
 
 #ifdef __cplusplus
 }

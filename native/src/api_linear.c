@@ -1,8 +1,8 @@
 /* ksort_linear: each part computes a contiguous range of outputs, and so reads a contiguous range of the weights:
  *
- *     W [n_out][n_in]   | part 0 | part 1 | ... |   rows in order, once for up to LINEAR_ROWS rows of x
+ *     W [n_out][n_in]   | part 0 | part 1 | ... |   rows in order; for many rows of x, whole groups of GROUP_OUTPUTS
  *
- * Bytes that must move: n_out * n_in * bytes a value; x and y stay in L1 and L2.
+ * Bytes that must move: n_out * n_in * bytes a value, once; x and y stay in the caches.
  */
 #include "linear.h"
 
@@ -10,6 +10,7 @@
 
 #define PART_BYTES (64u << 10) /* of weights: about 2 us of reading, against some 0.1 us for taking a part */
 #define MAX_PARTS 1024
+#define GROUP_OUTPUTS 32 /* a multiple of every kernel's panel */
 
 static size_t row_bytes(const ksort_linear_args *args)
 {
@@ -34,35 +35,43 @@ ksort_status ksort_linear_prepare(const ksort_linear_args *args, struct linear_j
     return job->kernels ? KSORT_OK : KSORT_ERR_KERNELS;
 }
 
+/* Outputs that a part does not cut: few rows any, many rows a multiple of what kernels multiply at once. */
+static size_t group_outputs(const ksort_linear_args *args)
+{
+    return args->n_rows > LINEAR_ROWS ? GROUP_OUTPUTS : 1;
+}
+
 uint32_t ksort_linear_parts(const struct linear_job *job)
 {
-    size_t bytes = job->args->n_out * row_bytes(job->args);
-    return (uint32_t)min_size(max_size(bytes / PART_BYTES, 1), MAX_PARTS);
+    const ksort_linear_args *args = job->args;
+    size_t n_groups = (args->n_out - 1) / group_outputs(args) + 1;
+    size_t parts = args->n_rows > LINEAR_ROWS ? n_groups : args->n_out * row_bytes(args) / PART_BYTES;
+    return (uint32_t)min_size(max_size(parts, 1), MAX_PARTS);
 }
 
 void ksort_linear_run(const struct linear_job *job, uint32_t ith, uint32_t nth)
 {
     const ksort_linear_args *args = job->args;
-    struct range outputs = share_of(args->n_out, ith, nth);
-    for (uint32_t row = 0; row < args->n_rows; row += LINEAR_ROWS) {
-        struct linear_block block = {
-            .weights = (const uint8_t *)args->weights + outputs.begin * row_bytes(args),
-            .x = args->x + row * args->x_row_stride,
-            .y = args->y + row * args->y_row_stride + outputs.begin,
-            .x_row_stride = args->x_row_stride,
-            .y_row_stride = args->y_row_stride,
-            .n_out = outputs.end - outputs.begin,
-            .n_in = args->n_in,
-            .n_rows = (uint32_t)min_size(args->n_rows - row, LINEAR_ROWS),
-            .type = args->type,
-        };
-        job->kernels->linear(&block);
-        if (!args->bias)
-            continue;
-        for (uint32_t r = 0; r < block.n_rows; r++)
-            for (size_t o = 0; o < block.n_out; o++)
-                block.y[r * block.y_row_stride + o] += args->bias[outputs.begin + o];
-    }
+    size_t group = group_outputs(args);
+    struct range groups = share_of((args->n_out - 1) / group + 1, ith, nth);
+    size_t begin = groups.begin * group, end = min_size(groups.end * group, args->n_out);
+    if (begin >= end)
+        return;
+    struct linear_block block = {
+        .weights = (const uint8_t *)args->weights + begin * row_bytes(args),
+        .x = args->x,
+        .y = args->y + begin,
+        .x_row_stride = args->x_row_stride,
+        .y_row_stride = args->y_row_stride,
+        .n_out = end - begin,
+        .n_in = args->n_in,
+        .n_rows = args->n_rows,
+        .type = args->type,
+    };
+    job->kernels->linear(&block);
+    for (uint32_t r = 0; args->bias && r < block.n_rows; r++)
+        for (size_t o = 0; o < block.n_out; o++)
+            block.y[r * block.y_row_stride + o] += args->bias[begin + o];
 }
 
 ksort_status ksort_linear(const ksort_linear_args *args, uint32_t ith, uint32_t nth)

@@ -9,6 +9,9 @@
 #include <stdbool.h>
 #include <string.h>
 
+/* For functions whose constant arguments must reach the compiler: numbers of rows, types. */
+#define ALWAYS_INLINE static inline __attribute__((always_inline))
+
 #define CACHE_LINE 64 /* bytes; for prefetching only */
 
 /* Asks for a cache line of a tile that is one tile's work away: into L2, as two tiles of values don't fit a 32 KB L1

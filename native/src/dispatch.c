@@ -8,11 +8,24 @@
 #include <cpuid.h>
 
 #include "x86/x86.h"
-#endif
 
 enum level { LEVEL_SCALAR, LEVEL_AVX2, LEVEL_AVX512BW, LEVEL_AVX512, N_LEVELS };
 
 static const char *const level_names[N_LEVELS] = {"scalar", "avx2", "avx512bw", "avx512"};
+#elif defined(KSORT_AARCH64)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+
+#include "arm/arm.h"
+
+enum level { LEVEL_SCALAR, LEVEL_NEON, N_LEVELS };
+
+static const char *const level_names[N_LEVELS] = {"scalar", "neon"};
+#else
+enum level { LEVEL_SCALAR, N_LEVELS };
+
+static const char *const level_names[N_LEVELS] = {"scalar"};
+#endif
 
 static struct kernels table;
 static bool table_is_set;
@@ -38,6 +51,8 @@ static void fill_table(enum level level)
         .accumulate_float = ksort_scalar_accumulate_float,
         .accumulate_bfp = ksort_scalar_accumulate_bfp,
         .linear = ksort_scalar_linear,
+        .rms_norm = ksort_scalar_rms_norm,
+        .swiglu = ksort_scalar_swiglu,
     };
     table_is_set = true;
     if (level == LEVEL_SCALAR)
@@ -59,6 +74,8 @@ static void fill_table(enum level level)
     table.accumulate_float = ksort_avx2_accumulate_float;
     table.accumulate_bfp = ksort_avx2_accumulate_bfp;
     table.linear = ksort_avx2_linear;
+    table.rms_norm = ksort_avx2_rms_norm;
+    table.swiglu = ksort_avx2_swiglu;
     if (level == LEVEL_AVX2)
         return;
 
@@ -78,10 +95,32 @@ static void fill_table(enum level level)
     table.accumulate_float = ksort_avx512_accumulate_float;
     table.accumulate_bfp = ksort_avx512_accumulate_bfp;
     table.linear = ksort_avx512_linear;
+    table.rms_norm = ksort_avx512_rms_norm;
+    table.swiglu = ksort_avx512_swiglu;
     if (level == LEVEL_AVX512BW)
         return;
 
     table.scores_bfp_by_bfp = ksort_avx512vnni_scores_bfp_by_bfp;
+    table.accumulate_bfp = ksort_avx512vnni_accumulate_bfp;
+#elif defined(KSORT_AARCH64)
+    table.max_magnitude = ksort_neon_max_magnitude;
+    table.rope = ksort_neon_rope;
+    table.round_bfp = ksort_neon_round_bfp;
+    table.transform_key = ksort_neon_transform_key;
+    table.transform_query = ksort_neon_transform_query;
+    table.restore_value = ksort_neon_restore_value;
+    table.encode_transformed = ksort_neon_encode_transformed;
+    table.store_f16 = ksort_neon_store_f16;
+    table.store_bf16 = ksort_neon_store_bf16;
+    table.scores_bfp_by_bfp = ksort_neon_scores_bfp_by_bfp;
+    table.scores_bfp_by_f32 = ksort_neon_scores_bfp_by_f32;
+    table.scores_float = ksort_neon_scores_float;
+    table.softmax_tile = ksort_neon_softmax_tile;
+    table.accumulate_float = ksort_neon_accumulate_float;
+    table.accumulate_bfp = ksort_neon_accumulate_bfp;
+    table.linear = ksort_neon_linear;
+    table.rms_norm = ksort_neon_rms_norm;
+    table.swiglu = ksort_neon_swiglu;
 #endif
 }
 
@@ -105,6 +144,8 @@ static enum level best_level(void)
           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")))
         return LEVEL_AVX2;
     return __builtin_cpu_supports("avx512vnni") ? LEVEL_AVX512 : LEVEL_AVX512BW;
+#elif defined(KSORT_AARCH64)
+    return getauxval(AT_HWCAP) & HWCAP_ASIMDDP ? LEVEL_NEON : LEVEL_SCALAR;
 #else
     return LEVEL_SCALAR;
 #endif
@@ -118,8 +159,10 @@ static bool select_level(const char *name)
         fill_table(best);
         return true;
     }
+#ifdef KSORT_X86_64
     if (best == LEVEL_AVX512BW && strcmp(name, level_names[LEVEL_AVX512]) == 0)
         name = level_names[best]; /* "avx512" asks for VNNI only where it is present */
+#endif
     for (enum level level = LEVEL_SCALAR; level <= best; level++)
         if (strcmp(name, level_names[level]) == 0) {
             fill_table(level);

@@ -81,7 +81,7 @@ typedef void accumulate_function(const struct tile_span *values, uint32_t n_rows
                                  const float (*weights)[KSORT_TILE_TOKENS], const float *rescale,
                                  float *accumulators, size_t stride);
 
-#define LINEAR_ROWS 4 /* rows of x that share each load of a weight */
+#define LINEAR_ROWS 4 /* rows of x that are few: they share each load of a weight */
 
 /* Some outputs of a matrix product: y[r][o] = sum over i of weights[o][i] * x[r][i]. */
 struct linear_block {
@@ -92,7 +92,7 @@ struct linear_block {
     size_t y_row_stride; /* floats */
     size_t n_out;        /* may be 0 */
     size_t n_in;
-    uint32_t n_rows; /* 1 to LINEAR_ROWS */
+    uint32_t n_rows;
     uint32_t type;   /* KSORT_F32, KSORT_F16 or KSORT_BF16 */
 };
 
@@ -145,6 +145,10 @@ struct kernels {
     accumulate_function *accumulate_bfp;
 
     void (*linear)(const struct linear_block *block);
+
+    /* One row each, see ksort_rms_norm and ksort_swiglu; n is at least 1. */
+    void (*rms_norm)(float *x, const float *added, const float *gain, uint32_t n, float epsilon, float *y);
+    void (*swiglu)(const float *gate, const float *up, uint32_t n, float *y);
 };
 
 /* The table in use, or NULL if KSORT_KERNELS asks for what this CPU does not have. */

@@ -1,12 +1,7 @@
-/* The optional pool: n_threads - 1 threads and the caller do one layer's step together, in four phases, or a matrix
- * product in one:
- *
- *     check k, v, q  |  write k, v  |  attend  |  join cut units
- *     linear
- *
- * A phase of a step has n_threads parts, a product more. Any thread takes any part; the caller takes parts too, and goes on to the next phase as
- * soon as all are done. So it never waits for a thread to wake up, only for parts that a thread has begun: where all of
- * a step is shorter than a wake-up (100 us and more in virtual machines), the caller does it alone.
+/* The optional pool's threads: n_threads - 1 of them and the caller do the parts of a phase together (pool_calls.c says
+ * what phases there are). Any thread takes any part; the caller takes parts too, and goes on as soon as all are done.
+ * So it never waits for a thread to wake up, only for parts that a thread has begun: where all of a step is shorter
+ * than a wake-up (100 us and more in virtual machines), the caller does it alone.
  *
  *     ticket, one atomic number:  | phase number, 32 bits | parts, 16 bits | next part, 16 bits |
  *
@@ -19,23 +14,13 @@
 #include <stdatomic.h>
 #include <stdlib.h>
 
-#include "attend.h"
-#include "linear.h"
-#include "pack.h"
+#include "pool.h"
 
-/* Rounds of spinning before sleep: 10 to 50 us, by the processor's pause instruction. Longer than the phases of a short
- * step, much shorter than the matrix products between two steps. */
-#define SPIN_ROUNDS 500
+/* Rounds of spinning before sleep: 20 to 200 us, by the processor's pause instruction. Longer than what a caller does
+ * between two calls of a decode step (some us; with 500 rounds a step of 11.5 ms took 0.5 ms more). */
+#define SPIN_ROUNDS 2000
 
 #define MAX_THREADS 0xFFFFu /* parts have 16 bits of the ticket */
-
-enum phase { PHASE_CHECK, PHASE_WRITE, PHASE_ATTEND, PHASE_JOIN, PHASE_LINEAR, N_PHASES };
-
-struct step {
-    struct pack_job pack[2];  /* k, v; args NULL: none */
-    struct attend_job attend; /* args NULL: none */
-    struct linear_job linear;
-};
 
 struct ksort_pool {
     uint32_t n_threads; /* with the caller */
@@ -62,42 +47,6 @@ static void spin_pause(void)
 #endif
 }
 
-static ksort_status check_part(const struct step *step, uint32_t part, uint32_t n_parts)
-{
-    ksort_status status = KSORT_OK;
-    for (int i = 0; i < 2 && status == KSORT_OK; i++)
-        if (step->pack[i].args)
-            status = ksort_pack_check(&step->pack[i], part, n_parts);
-    if (status == KSORT_OK && step->attend.args)
-        status = ksort_attend_check(&step->attend, part, n_parts);
-    return status;
-}
-
-static ksort_status write_part(const struct step *step, uint32_t part, uint32_t n_parts)
-{
-    for (int i = 0; i < 2; i++)
-        if (step->pack[i].args)
-            ksort_pack_write(&step->pack[i], part, n_parts);
-    return KSORT_OK;
-}
-
-static ksort_status run_part(const struct step *step, enum phase phase, uint32_t part, uint32_t n_parts)
-{
-    switch (phase) {
-    case PHASE_CHECK:
-        return check_part(step, part, n_parts);
-    case PHASE_WRITE:
-        return write_part(step, part, n_parts);
-    case PHASE_ATTEND:
-        return ksort_attend_run(&step->attend, part, n_parts);
-    case PHASE_JOIN:
-        return ksort_attend_join(&step->attend, part, n_parts);
-    default:
-        ksort_linear_run(&step->linear, part, n_parts);
-        return KSORT_OK;
-    }
-}
-
 static uint64_t ticket_of(uint32_t phase_number, uint32_t n_parts)
 {
     return (uint64_t)phase_number << 32 | (uint64_t)n_parts << 16;
@@ -122,7 +71,7 @@ static bool do_next_part(struct ksort_pool *pool)
             return false;
     } while (!atomic_compare_exchange_weak(&pool->ticket, &ticket, ticket + 1));
     enum phase phase = (enum phase)((ticket >> 32) % N_PHASES);
-    ksort_status status = run_part(&pool->step, phase, ticket_part(ticket), ticket_parts(ticket));
+    ksort_status status = ksort_run_part(&pool->step, phase, ticket_part(ticket), ticket_parts(ticket));
     int ok = KSORT_OK;
     if (status != KSORT_OK)
         atomic_compare_exchange_strong(&pool->status, &ok, status);
@@ -168,8 +117,7 @@ static void wake_sleepers(struct ksort_pool *pool)
     pthread_mutex_unlock(&pool->mutex);
 }
 
-/* The caller's side of one phase. Returns the step's status so far. */
-static ksort_status run_phase(struct ksort_pool *pool, enum phase phase, uint32_t n_parts)
+ksort_status ksort_pool_run_phase(struct ksort_pool *pool, enum phase phase, uint32_t n_parts)
 {
     do
         pool->phase_number++;
@@ -187,50 +135,21 @@ static ksort_status run_phase(struct ksort_pool *pool, enum phase phase, uint32_
     return (ksort_status)atomic_load(&pool->status);
 }
 
-/* The step is set: tells the threads. */
-static void begin_step(struct ksort_pool *pool)
+struct step *ksort_pool_new_step(struct ksort_pool *pool)
+{
+    return &pool->step;
+}
+
+uint32_t ksort_pool_threads(const struct ksort_pool *pool)
+{
+    return pool->n_threads;
+}
+
+void ksort_pool_begin(struct ksort_pool *pool)
 {
     atomic_store(&pool->status, KSORT_OK);
     atomic_fetch_add(&pool->n_steps, 1);
     wake_sleepers(pool);
-}
-
-ksort_status ksort_pool_step(ksort_pool *pool, const ksort_pack_args *k, const ksort_pack_args *v,
-                             const ksort_attend_args *attend)
-{
-    if (!pool)
-        return KSORT_ERR_ARGUMENT;
-    struct step *step = &pool->step;
-    const ksort_pack_args *pack[2] = {k, v};
-    *step = (struct step){.attend.args = NULL};
-    ksort_status status = KSORT_OK;
-    for (int i = 0; i < 2 && status == KSORT_OK; i++)
-        if (pack[i])
-            status = ksort_pack_prepare(pack[i], &step->pack[i]);
-    if (status == KSORT_OK && attend)
-        status = ksort_attend_prepare(attend, pool->n_threads, true, &step->attend);
-    if (status != KSORT_OK)
-        return status;
-    begin_step(pool);
-    status = run_phase(pool, PHASE_CHECK, pool->n_threads);
-    if (status == KSORT_OK && (k || v))
-        status = run_phase(pool, PHASE_WRITE, pool->n_threads);
-    if (status == KSORT_OK && attend)
-        status = run_phase(pool, PHASE_ATTEND, pool->n_threads);
-    if (status == KSORT_OK && attend)
-        status = run_phase(pool, PHASE_JOIN, pool->n_threads);
-    return status;
-}
-
-ksort_status ksort_pool_linear(ksort_pool *pool, const ksort_linear_args *args)
-{
-    if (!pool)
-        return KSORT_ERR_ARGUMENT;
-    ksort_status status = ksort_linear_prepare(args, &pool->step.linear);
-    if (status != KSORT_OK)
-        return status;
-    begin_step(pool);
-    return run_phase(pool, PHASE_LINEAR, ksort_linear_parts(&pool->step.linear));
 }
 
 static bool init_pool(struct ksort_pool *pool, uint32_t n_threads)

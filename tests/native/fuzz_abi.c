@@ -172,6 +172,45 @@ static void fuzz_attend(input *in, const ksort_cache *k, const ksort_cache *v, c
     for (uint32_t ith = 0; ith < nth && status == KSORT_OK; ith++) status = ksort_attend_merge(&args, ith, nth);
 }
 
+/* What the calls around attention share: accepted arguments run, refused ones leave `out` as it was. */
+static void check_refused(ksort_status status) {
+    if (status != KSORT_OK) CHECK(memcmp(out_before, out, sizeof out) == 0);
+}
+
+static void fuzz_linear(input *in) {
+    size_t n_out = 1u + next_byte(in) % 40u, n_in = 1u + next_byte(in) % 60u;
+    ksort_linear_args args = {mutated(in, sizeof args), mutated_pointer(in, feedback), next_byte(in) & 1 ? shift : NULL,
+                              mutated_pointer(in, x), mutated_pointer(in, out), mutated(in, n_in), mutated(in, n_out),
+                              mutated(in, n_out), mutated(in, n_in), (uint32_t)mutated(in, 1u + next_byte(in) % 30u),
+                              (uint32_t)mutated(in, next_byte(in) % 3u)};
+    if ((wide)args.n_out * args.n_in > N_FEEDBACK - 1 || args.n_out > N_TABLE ||
+        !rows_fit(args.n_rows, args.x_row_stride, args.n_in, N_FLOATS - 1) ||
+        !rows_fit(args.n_rows, args.y_row_stride, args.n_out, N_FLOATS - 1))
+        return;
+    memcpy(out_before, out, sizeof out);
+    check_refused(ksort_linear(&args, (uint32_t)mutated(in, 0), 1u + next_byte(in) % 3u));
+}
+
+static void fuzz_rows(input *in) {
+    uint32_t n = 1u + next_byte(in) % 200u, n_rows = (uint32_t)mutated(in, 1u + next_byte(in) % 9u);
+    uint32_t nth = 1u + next_byte(in) % 3u, ith = (uint32_t)mutated(in, 0);
+    ksort_rms_norm_args norm = {mutated(in, sizeof norm), mutated_pointer(in, out),
+                                next_byte(in) & 1 ? mutated_pointer(in, x) : NULL, mutated_pointer(in, feedback),
+                                mutated_pointer(in, out), mutated(in, n), mutated(in, n), mutated(in, n),
+                                (uint32_t)mutated(in, n), n_rows, 1e-5f};
+    memcpy(out_before, out, sizeof out);
+    if (norm.n < N_FEEDBACK && rows_fit(n_rows, norm.x_row_stride, norm.n, N_FLOATS - 1) &&
+        rows_fit(n_rows, norm.added_row_stride, norm.n, N_FLOATS - 1) &&
+        rows_fit(n_rows, norm.y_row_stride, norm.n, N_FLOATS - 1))
+        check_refused(ksort_rms_norm(&norm, ith, nth));
+    ksort_swiglu_args swiglu = {mutated(in, sizeof swiglu), mutated_pointer(in, x), mutated_pointer(in, x),
+                                mutated_pointer(in, out), mutated(in, n), mutated(in, n), (uint32_t)mutated(in, n), n_rows};
+    memcpy(out_before, out, sizeof out);
+    if (rows_fit(n_rows, swiglu.row_stride, swiglu.n, N_FLOATS - 1) &&
+        rows_fit(n_rows, swiglu.y_row_stride, swiglu.n, N_FLOATS - 1))
+        check_refused(ksort_swiglu(&swiglu, ith, nth));
+}
+
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     input in = {data, size};
     rng r = {size + 1};
@@ -189,5 +228,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     uint8_t uses = next_byte(&in);
     fuzz_pack(&in, &k, rope_or_null, uses & 1 ? &transform : NULL);
     fuzz_attend(&in, &k, &v, rope_or_null, uses & 2 ? &transform : NULL, uses & 4 ? &transform : NULL);
+    fuzz_linear(&in);
+    fuzz_rows(&in);
     return 0;
 }

@@ -38,7 +38,7 @@ static layer *new_layer(void) {
     fill_rope_tables(l->partner, l->sign, l->frequency, N_KV_HEADS, HEAD_DIM, HEAD_DIM);
     l->rope = (ksort_rope){sizeof l->rope, HEAD_DIM / 2, l->partner, l->sign, l->frequency, NULL, NULL};
     for (int i = 0; i < N_KV_HEADS * HEAD_DIM * HEAD_DIM; i++) l->feedback[i] = 0.01f * (float)(i % 7 - 3);
-    l->transform = (ksort_transform){sizeof l->transform, NULL, NULL, l->feedback, 1};
+    l->transform = (ksort_transform){.struct_size = sizeof l->transform, .feedback = l->feedback, .rotate = 1};
     l->pack_k = (ksort_pack_args){sizeof l->pack_k, &l->k, &l->rope, NULL, ROW, 0, &l->transform, 0};
     l->pack_v = (ksort_pack_args){sizeof l->pack_v, &l->v, NULL, NULL, ROW, 0, &l->transform, 0};
     l->attend = (ksort_attend_args){.struct_size = sizeof l->attend, .k = &l->k, .v = &l->v, .rope = &l->rope,

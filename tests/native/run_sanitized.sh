@@ -13,7 +13,10 @@ compile() { # FOLDER SANITIZERS; -O1, as sanitizers recommend, in a build type o
 
 mkdir -p "$build"
 compile "$build/address" "address;undefined"
-for level in scalar avx2 avx512bw avx512; do
+status=0
+"$build/address/levels" "$iterations" || status=$?
+[ "$status" = 0 ] || [ "$status" = 77 ] || exit "$status" # 77: this CPU has no level but scalar
+for level in scalar avx2 avx512bw avx512 neon; do
     status=0
     KSORT_KERNELS=$level "$build/address/guard_pages" "$iterations" || status=$?
     if [ "$status" = 77 ]; then continue; fi # this CPU does not run the level

@@ -160,7 +160,7 @@ def test_layers_get_their_own_tables(checkpoint, tmp_path, monkeypatch):
     out = tmp_path / "model.gguf"
     convert(checkpoint[0], out, outtype="f32", block_size=16)
     given = []
-    monkeypatch.setattr("ksort_gguf.native.LayerStep", lambda *_, **options: given.append(options))
+    monkeypatch.setattr("ksort_gguf.native_pool.LayerStep", lambda *_, **options: given.append(options))
     loaded = load_model(out, n_threads=1)
     with open_gguf(out) as source:
         plan = source.plan

@@ -36,7 +36,7 @@ class Rope:
 
 
 class SimulatedStep:
-    """One layer of a text that is fed whole: like native.LayerStep, but keys and values are stored by schemes.
+    """One layer of a text that is fed whole: like native_pool.LayerStep, but keys and values are stored by schemes.
 
     `seen` gets the layer's tensors before they are stored; `bits` holds the mean bits of a key and of a value of the
     last text.
@@ -51,7 +51,7 @@ class SimulatedStep:
         self, qkv_address, token_stride, n_tokens, first_slot,
         cos_address, sin_address, n_frequencies, out_address, out_token_stride,
     ) -> None:  # fmt: skip
-        """As native.LayerStep.run. Raises ValueError unless the tokens stand at the beginning of a text."""
+        """As native_pool.LayerStep.run. Raises ValueError unless the tokens stand at the beginning of a text."""
         if first_slot:
             raise ValueError("a simulated cache needs the whole text in one call")
         g = self._g

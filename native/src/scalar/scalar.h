@@ -24,5 +24,7 @@ float ksort_scalar_softmax_tile(float scores[KSORT_TILE_TOKENS], uint32_t begin,
                                 struct softmax_state *state);
 accumulate_function ksort_scalar_accumulate_float, ksort_scalar_accumulate_bfp;
 void ksort_scalar_linear(const struct linear_block *block);
+void ksort_scalar_rms_norm(float *x, const float *added, const float *gain, uint32_t n, float epsilon, float *y);
+void ksort_scalar_swiglu(const float *gate, const float *up, uint32_t n, float *y);
 
 #endif /* KSORT_SCALAR_H */

@@ -1,4 +1,4 @@
-/* What the kernels that are written once for AVX2 and AVX-512 need of AVX2: registers of 8 floats. See
+/* What the kernels that are written once for all vector levels (vector/) need of AVX2: registers of 8 floats. See
  * lanes_avx512.h. */
 #ifndef KSORT_LANES_AVX2_H
 #define KSORT_LANES_AVX2_H
@@ -15,6 +15,12 @@ typedef __m256i lanes_mask; /* all bits of a lane, or none */
 ALWAYS_INLINE lanes lanes_round(lanes x)
 {
     return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+
+/* a * b + c, rounded once. */
+ALWAYS_INLINE lanes lanes_multiply_add(lanes a, lanes b, lanes c)
+{
+    return _mm256_fmadd_ps(a, b, c);
 }
 
 ALWAYS_INLINE lanes lanes_min(lanes a, lanes b)
@@ -101,6 +107,31 @@ ALWAYS_INLINE lanes look_up(const float *table, uint32_t n, const uint16_t *indi
     uint16_t rest[LANES] = {0};
     memcpy(rest, indices + i, (n_indices - i) * sizeof *indices);
     return look_up_eight(table, rest);
+}
+
+/* Columns of 8 rows that lie row_stride floats apart, 32-byte aligned: out[c] lane r = rows[r][c]. Pairs of rows, then
+ * fours within 128-bit halves, then the halves of two registers. */
+ALWAYS_INLINE void transpose_lanes(const float *rows, size_t row_stride, lanes out[LANES])
+{
+    lanes pairs[8], fours[8];
+#pragma GCC unroll 4
+    for (int i = 0; i < 8; i += 2) {
+        lanes a = _mm256_load_ps(rows + i * row_stride), b = _mm256_load_ps(rows + (i + 1) * row_stride);
+        pairs[i] = _mm256_unpacklo_ps(a, b);
+        pairs[i + 1] = _mm256_unpackhi_ps(a, b);
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < 8; i += 4) /* fours[i + k]: rows i .. i + 3 of columns k and 4 + k */
+#pragma GCC unroll 2
+        for (int k = 0; k < 2; k++) {
+            fours[i + 2 * k] = _mm256_shuffle_ps(pairs[i + k], pairs[i + 2 + k], 0x44);
+            fours[i + 2 * k + 1] = _mm256_shuffle_ps(pairs[i + k], pairs[i + 2 + k], 0xEE);
+        }
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; k++) {
+        out[k] = _mm256_permute2f128_ps(fours[k], fours[4 + k], 0x20);
+        out[4 + k] = _mm256_permute2f128_ps(fours[k], fours[4 + k], 0x31);
+    }
 }
 
 #endif /* KSORT_LANES_AVX2_H */

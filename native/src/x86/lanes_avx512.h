@@ -1,4 +1,4 @@
-/* What the kernels that are written once for AVX2 and AVX-512 need of AVX-512: registers of 16 floats.
+/* What the kernels that are written once for all vector levels (vector/) need of AVX-512: registers of 16 floats.
  * "Values below n" of a load or store: those from n on are 0, or stay as they are. */
 #ifndef KSORT_LANES_AVX512_H
 #define KSORT_LANES_AVX512_H
@@ -15,6 +15,12 @@ typedef __mmask16 lanes_mask;
 ALWAYS_INLINE lanes lanes_round(lanes x)
 {
     return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+
+/* a * b + c, rounded once. */
+ALWAYS_INLINE lanes lanes_multiply_add(lanes a, lanes b, lanes c)
+{
+    return _mm512_fmadd_ps(a, b, c);
 }
 
 ALWAYS_INLINE lanes lanes_min(lanes a, lanes b)
@@ -96,6 +102,38 @@ ALWAYS_INLINE lanes look_up(const float *table, uint32_t n, const uint16_t *indi
         found = _mm512_mask_mov_ps(found, is_here, here);
     }
     return found;
+}
+
+/* Columns of 16 rows that lie row_stride floats apart, 64-byte aligned: out[c] lane r = rows[r][c]. Pairs of rows, then
+ * fours within 128-bit parts, then the parts of four registers. */
+ALWAYS_INLINE void transpose_lanes(const float *rows, size_t row_stride, lanes out[LANES])
+{
+    __m512d pairs[16];
+    lanes fours[16];
+#pragma GCC unroll 8
+    for (int i = 0; i < 16; i += 2) {
+        lanes a = _mm512_load_ps(rows + i * row_stride), b = _mm512_load_ps(rows + (i + 1) * row_stride);
+        pairs[i] = _mm512_castps_pd(_mm512_unpacklo_ps(a, b));
+        pairs[i + 1] = _mm512_castps_pd(_mm512_unpackhi_ps(a, b));
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 16; i += 4) /* fours[i + k]: rows i .. i + 3 of columns k, 4 + k, 8 + k, 12 + k */
+#pragma GCC unroll 2
+        for (int k = 0; k < 2; k++) {
+            fours[i + 2 * k] = _mm512_castpd_ps(_mm512_unpacklo_pd(pairs[i + k], pairs[i + 2 + k]));
+            fours[i + 2 * k + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(pairs[i + k], pairs[i + 2 + k]));
+        }
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; k++) {
+        lanes upper_even = _mm512_shuffle_f32x4(fours[k], fours[4 + k], 0x88); /* columns k and 8 + k of rows 0 .. 7 */
+        lanes upper_odd = _mm512_shuffle_f32x4(fours[k], fours[4 + k], 0xDD);  /* columns 4 + k and 12 + k */
+        lanes lower_even = _mm512_shuffle_f32x4(fours[8 + k], fours[12 + k], 0x88);
+        lanes lower_odd = _mm512_shuffle_f32x4(fours[8 + k], fours[12 + k], 0xDD);
+        out[k] = _mm512_shuffle_f32x4(upper_even, lower_even, 0x88);
+        out[4 + k] = _mm512_shuffle_f32x4(upper_odd, lower_odd, 0x88);
+        out[8 + k] = _mm512_shuffle_f32x4(upper_even, lower_even, 0xDD);
+        out[12 + k] = _mm512_shuffle_f32x4(upper_odd, lower_odd, 0xDD);
+    }
 }
 
 #endif /* KSORT_LANES_AVX512_H */

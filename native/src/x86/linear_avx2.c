@@ -1,4 +1,5 @@
-/* Matrix product of few rows with AVX2, one output after another, so that the weights are one sequential stream:
+/* Matrix product with AVX2. Many rows: linear_rows.h. Few rows, one output after another, so that the weights are one
+ * sequential stream:
  *
  *     W row o   | 8| 8| 8| 8| 8| ...     4 sums of 8 lanes for each row of x (up to 4, in L1), which hide the
  *                                      multiply-add's latency even for one row; added up once an output
@@ -7,7 +8,22 @@
  */
 #include "half.h"
 #include "x86/float_rows_avx2.h"
-#include "x86/linear_outputs.h"
+#include "x86/lanes_avx2.h"
+#include "vector/linear_outputs.h"
+
+#define ROWS_AT_ONCE 6 /* 12 sums, 2 registers of the panel and one x: 15 of 16 registers */
+
+ALWAYS_INLINE lanes load_values_below(const uint8_t *row, const uint32_t type, size_t n, size_t i)
+{
+    if (n - i >= LANES)
+        return load_values(row, type, i);
+    lanes values = {0};
+    for (size_t k = 0; i + k < n; k++)
+        values[k] = load_value(row, type, i + k);
+    return values;
+}
+
+#include "vector/linear_rows.h"
 
 #define SUMS 4
 
@@ -30,8 +46,8 @@ ALWAYS_INLINE void output_at(const struct linear_block *block, const uint32_t ty
             }
         }
     for (int r = 0; r < n_rows; r++) {
-        __m256 lanes = _mm256_add_ps(_mm256_add_ps(sums[r][0], sums[r][1]), _mm256_add_ps(sums[r][2], sums[r][3]));
-        float sum = sum_of_lanes(lanes);
+        __m256 sum_lanes = _mm256_add_ps(_mm256_add_ps(sums[r][0], sums[r][1]), _mm256_add_ps(sums[r][2], sums[r][3]));
+        float sum = sum_of_lanes(sum_lanes);
         for (size_t i = in_registers; i < n_in; i++)
             sum += load_value(weights, type, i) * block->x[r * block->x_row_stride + i];
         block->y[r * block->y_row_stride + output] = sum;
@@ -40,5 +56,8 @@ ALWAYS_INLINE void output_at(const struct linear_block *block, const uint32_t ty
 
 void ksort_avx2_linear(const struct linear_block *block)
 {
-    linear_outputs(block, output_at);
+    if (block->n_rows > LINEAR_ROWS)
+        linear_rows(block);
+    else
+        linear_outputs(block, output_at);
 }

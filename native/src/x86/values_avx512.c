@@ -11,7 +11,7 @@
  * hardware prefetching does not follow: the loop asks for the same column of the next tile.
  * Bytes moved: the tile's V rows once for every 8 rows (from L1 or L2 after the first); weights [rows][64] from L1.
  */
-#include "x86/exp_constants.h"
+#include "vector/exp_constants.h"
 #include "x86/float_rows_avx512.h"
 
 #define ROWS_AT_ONCE 8

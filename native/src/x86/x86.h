@@ -9,9 +9,6 @@
 
 #include "kernels.h"
 
-/* For functions whose constant arguments must reach the compiler: numbers of rows, types. */
-#define ALWAYS_INLINE static inline __attribute__((always_inline))
-
 uint32_t ksort_avx2_max_magnitude(const float *x, size_t n);
 void ksort_avx2_rope(const struct rope_row *rope, const float *x, uint32_t head_dim, float *y);
 void ksort_avx2_round_bfp(const float *x, uint32_t head_dim, uint32_t block_size, uint32_t mantissa_bits,
@@ -30,6 +27,8 @@ float ksort_avx2_softmax_tile(float scores[KSORT_TILE_TOKENS], uint32_t begin, u
                               struct softmax_state *state);
 accumulate_function ksort_avx2_accumulate_float, ksort_avx2_accumulate_bfp;
 void ksort_avx2_linear(const struct linear_block *block);
+void ksort_avx2_rms_norm(float *x, const float *added, const float *gain, uint32_t n, float epsilon, float *y);
+void ksort_avx2_swiglu(const float *gate, const float *up, uint32_t n, float *y);
 
 uint32_t ksort_avx512_max_magnitude(const float *x, size_t n);
 void ksort_avx512_rope(const struct rope_row *rope, const float *x, uint32_t head_dim, float *y);
@@ -49,7 +48,10 @@ float ksort_avx512_softmax_tile(float scores[KSORT_TILE_TOKENS], uint32_t begin,
                                 struct softmax_state *state);
 accumulate_function ksort_avx512_accumulate_float, ksort_avx512_accumulate_bfp;
 void ksort_avx512_linear(const struct linear_block *block);
+void ksort_avx512_rms_norm(float *x, const float *added, const float *gain, uint32_t n, float epsilon, float *y);
+void ksort_avx512_swiglu(const float *gate, const float *up, uint32_t n, float *y);
 
 score_function ksort_avx512vnni_scores_bfp_by_bfp;
+accumulate_function ksort_avx512vnni_accumulate_bfp;
 
 #endif /* KSORT_X86_H */

@@ -2,7 +2,7 @@
 #ifndef KSORT_LINEAR_OUTPUTS_H
 #define KSORT_LINEAR_OUTPUTS_H
 
-#include "x86/x86.h"
+#include "kernels.h"
 
 /* y[r][output] for all rows r < n_rows. type and n_rows (up to LINEAR_ROWS) are constants. */
 typedef void output_function(const struct linear_block *block, uint32_t type, size_t output, int n_rows);

@@ -11,12 +11,12 @@
  * Bytes moved, a panel: 4 LANES for each earlier channel's errors, which stand in y's place (up to 16 KB, L1), and 32
  * of its feedback row; the panel itself is loaded and stored once.
  *
- * The including file includes lanes_avx2.h or lanes_avx512.h, and defines transpose_lanes.
+ * The including file includes a level's lanes_*.h.
  */
 #ifndef KSORT_ENCODE_TOKENS_H
 #define KSORT_ENCODE_TOKENS_H
 
-#include "x86/encode_step.h"
+#include "vector/encode_step.h"
 
 #define PANEL 8 /* channels: two quads, within a block of any size */
 

@@ -1,5 +1,5 @@
-/* Rounding of LANES values in units of their blocks' steps. Included after lanes_avx2.h or lanes_avx512.h, whose
- * lanes_min and lanes_max give the second operand where one is NaN. */
+/* Rounding of LANES values in units of their blocks' steps. Included after a level's lanes_*.h, whose lanes_min
+ * gives the second operand where the first is NaN. */
 #ifndef KSORT_ENCODE_STEP_H
 #define KSORT_ENCODE_STEP_H
 

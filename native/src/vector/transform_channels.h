@@ -7,7 +7,7 @@
  *
  * Bytes moved: 4 head_dim in and out; 10 head_dim of tables, which stay in L1 over the tokens of a head.
  *
- * The including file includes lanes_avx2.h or lanes_avx512.h, and defines rotate_register (all strides within one) and
+ * The including file includes a level's lanes_*.h, and defines rotate_register (all strides within one) and
  * rotate_rest (the last channels of a head, fewer than LANES).
  */
 #ifndef KSORT_TRANSFORM_CHANNELS_H
@@ -49,6 +49,7 @@ ALWAYS_INLINE void rotate(float *y, uint32_t head_dim)
         case 64: rotate_segment(y + begin, 64); break;
         case 32: rotate_segment(y + begin, 32); break;
         case 16: rotate_segment(y + begin, 16); break;
+        case 8: rotate_segment(y + begin, 8); break;
         default: rotate_segment(y + begin, LANES);
         }
     }

@@ -1,0 +1,25 @@
+/* Checked row operations of a transformer block. */
+#ifndef KSORT_ROWS_H
+#define KSORT_ROWS_H
+
+#include "kernels.h"
+
+struct rms_norm_job {
+    const ksort_rms_norm_args *args;
+    const struct kernels *kernels;
+};
+
+struct swiglu_job {
+    const ksort_swiglu_args *args;
+    const struct kernels *kernels;
+};
+
+/* Check args. Return KSORT_OK, _ARGUMENT, _STRUCT_SIZE, _KERNELS. */
+ksort_status ksort_rms_norm_prepare(const ksort_rms_norm_args *args, struct rms_norm_job *job);
+ksort_status ksort_swiglu_prepare(const ksort_swiglu_args *args, struct swiglu_job *job);
+
+/* Rows of part ith of nth. */
+void ksort_rms_norm_run(const struct rms_norm_job *job, uint32_t ith, uint32_t nth);
+void ksort_swiglu_run(const struct swiglu_job *job, uint32_t ith, uint32_t nth);
+
+#endif /* KSORT_ROWS_H */
