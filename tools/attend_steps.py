@@ -1,0 +1,118 @@
+"""Decode steps of attention alone, on random keys and values: what bench_attend.py measures."""
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from ksort_gguf import cache_types, native
+from ksort_gguf.cache_types import CACHE_TYPES, DEFAULT_QUERY_TYPE, TILE_TOKENS
+from ksort_gguf.errors import KsortError
+from ksort_gguf.families.rope import RopeTables, stock_tables
+from ksort_gguf.native_pool import LayerStep, Pool
+from ksort_gguf.native_structs import aligned_buffer
+
+PACKED_AT_ONCE = 4096  # tokens
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What is attended to."""
+
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    k_type: str
+    v_type: str
+
+    @property
+    def block_size(self) -> int:
+        return cache_types.default_block_size(self.head_dim)
+
+    def tile_bytes(self, type_name: str) -> int:
+        """Bytes of a tile of all KV heads."""
+        return self.n_kv_heads * cache_types.tile_bytes(CACHE_TYPES[type_name], self.head_dim, self.block_size)
+
+    @property
+    def has_blocks(self) -> bool:
+        """Whether keys or values are stored in BFP."""
+        return CACHE_TYPES[self.k_type].is_bfp or CACHE_TYPES[self.v_type].is_bfp
+
+    @property
+    def query_type(self) -> str:
+        return DEFAULT_QUERY_TYPE if CACHE_TYPES[self.k_type].is_bfp else "f32"
+
+    @property
+    def scale(self) -> float:
+        return self.head_dim**-0.5
+
+    def rope(self) -> RopeTables:
+        """Tables [n_kv_heads, head_dim]; all channels turn."""
+        tables = stock_tables(self.head_dim, self.head_dim, "half")
+        return RopeTables(*(np.tile(table, (self.n_kv_heads, 1)) for table in vars(tables).values()))
+
+    def step_bytes(self, depth: int) -> int:
+        """Bytes of keys and values that a token in slot `depth` - 1 must read."""
+        return n_tiles(depth) * (self.tile_bytes(self.k_type) + self.tile_bytes(self.v_type))
+
+    def n_copies(self, depth: int, n_bytes: int) -> int:
+        """Copies of caches of `depth` tokens that fill at least `n_bytes`."""
+        return -(-n_bytes // self.step_bytes(depth))
+
+
+def n_tiles(depth: int) -> int:
+    return -(-depth // TILE_TOKENS)
+
+
+class Memory:
+    """Random keys or values, packed once: caches of any depth are views of its tiles.
+
+    Raises KsortError where memory is not enough.
+    """
+
+    def __init__(self, layer: Layer, type_name: str, tiles: int, generator: np.random.Generator):
+        self._format = type_name, layer.head_dim, layer.block_size, layer.n_kv_heads
+        self._tile_bytes = layer.tile_bytes(type_name)
+        try:
+            self._bytes = aligned_buffer(tiles * self._tile_bytes)
+        except (MemoryError, ValueError) as error:
+            size = tiles * self._tile_bytes / 2**30
+            raise KsortError(f"no memory for {size:.1f} GiB of {type_name}: lower the depths with -d") from error
+        whole = native.Cache(*self._format, tiles * TILE_TOKENS, self._bytes)
+        for slot in range(0, tiles * TILE_TOKENS, PACKED_AT_ONCE):
+            n_tokens = min(PACKED_AT_ONCE, tiles * TILE_TOKENS - slot)
+            shape = n_tokens, layer.n_kv_heads, layer.head_dim
+            whole.pack(generator.standard_normal(shape, dtype=np.float32), slot)
+
+    def cache(self, depth: int, copy: int) -> native.Cache:
+        """Copy number `copy` of caches of `depth` tokens; copies share no tile."""
+        n_bytes = n_tiles(depth) * self._tile_bytes
+        return native.Cache(*self._format, depth, self._bytes[copy * n_bytes : (copy + 1) * n_bytes])
+
+
+class DecodeSteps:
+    """A decode step of one token in slot `depth` - 1, on each copy of the caches. `out`: float32, the last one's."""
+
+    def __init__(self, layer: Layer, pool: Pool, depth: int, caches: list[tuple[native.Cache, native.Cache]]):
+        self.depth, self.n_bytes = depth, layer.step_bytes(depth)
+        self.q = np.random.default_rng(depth).standard_normal((layer.n_heads, layer.head_dim), dtype=np.float32)
+        self.out = np.empty_like(self.q)
+        frequencies = 10000.0 ** (-np.arange(0, layer.head_dim, 2) / layer.head_dim)
+        self.cos, self.sin = (wave((depth - 1) * frequencies).astype(np.float32) for wave in (np.cos, np.sin))
+        rope, self._steps = layer.rope(), []
+        for k_cache, v_cache in caches:
+            step = LayerStep(
+                pool, k_cache, v_cache, n_heads=layer.n_heads, scale=layer.scale, window=0,
+                query_type=layer.query_type, rope=rope,
+            )  # fmt: skip
+            # rows hold q alone, without k and v: only attending runs
+            waves = self.cos.ctypes.data, self.sin.ctypes.data, len(frequencies)
+            step.prepare(self.q.ctypes.data, self.q.size, 1, depth - 1, *waves, self.out.ctypes.data, self.q.size)
+            self._steps.append(step)
+
+    def run(self) -> float:
+        """One step on every copy; returns microseconds a step."""
+        start = time.perf_counter_ns()
+        for step in self._steps:
+            step.run_part("attend")
+        return (time.perf_counter_ns() - start) / len(self._steps) / 1e3
