@@ -8,7 +8,8 @@
 
 #include "check.h"
 
-#define PART_BYTES (64u << 10) /* of weights: about 2 us of reading, against some 0.1 us for taking a part */
+#define REST_SHARE 4           /* of few rows' weights, one in so many is left for short parts */
+#define PART_BYTES (32u << 10) /* a short part: about 2 us of reading, against some 0.1 us for taking it */
 #define MAX_PARTS 1024
 #define GROUP_OUTPUTS 32 /* a multiple of every kernel's panel */
 
@@ -31,7 +32,7 @@ ksort_status ksort_linear_prepare(const ksort_linear_args *args, struct linear_j
         ksort_check_rows(args->n_rows, args->x_row_stride, args->n_in) != KSORT_OK ||
         ksort_check_rows(args->n_rows, args->y_row_stride, args->n_out) != KSORT_OK)
         return KSORT_ERR_ARGUMENT;
-    *job = (struct linear_job){args, ksort_kernel_table()};
+    *job = (struct linear_job){.args = args, .kernels = ksort_kernel_table()};
     return job->kernels ? KSORT_OK : KSORT_ERR_KERNELS;
 }
 
@@ -41,20 +42,36 @@ static size_t group_outputs(const ksort_linear_args *args)
     return args->n_rows > LINEAR_ROWS ? GROUP_OUTPUTS : 1;
 }
 
-uint32_t ksort_linear_parts(const struct linear_job *job)
+static size_t n_groups(const ksort_linear_args *args)
+{
+    return (args->n_out - 1) / group_outputs(args) + 1;
+}
+
+uint32_t ksort_linear_parts(struct linear_job *job, uint32_t n_threads)
 {
     const ksort_linear_args *args = job->args;
-    size_t n_groups = (args->n_out - 1) / group_outputs(args) + 1;
-    size_t parts = args->n_rows > LINEAR_ROWS ? n_groups : args->n_out * row_bytes(args) / PART_BYTES;
-    return (uint32_t)min_size(max_size(parts, 1), MAX_PARTS);
+    if (args->n_rows > LINEAR_ROWS)
+        return (uint32_t)min_size(n_groups(args), MAX_PARTS);
+    job->n_long = (uint32_t)min_size(n_threads, MAX_PARTS);
+    size_t rest_bytes = args->n_out * row_bytes(args) / REST_SHARE;
+    return job->n_long + (uint32_t)min_size(max_size(rest_bytes / PART_BYTES, 1), MAX_PARTS);
+}
+
+/* Groups of part ith of nth: of the job's long parts, or of the rest. */
+static struct range groups_of_part(const struct linear_job *job, uint32_t ith, uint32_t nth)
+{
+    size_t total = n_groups(job->args), rest = job->n_long ? total / REST_SHARE : total, in_long = total - rest;
+    if (ith < job->n_long)
+        return share_of(in_long, ith, job->n_long);
+    struct range groups = share_of(rest, ith - job->n_long, nth - job->n_long);
+    return (struct range){in_long + groups.begin, in_long + groups.end};
 }
 
 void ksort_linear_run(const struct linear_job *job, uint32_t ith, uint32_t nth)
 {
     const ksort_linear_args *args = job->args;
-    size_t group = group_outputs(args);
-    struct range groups = share_of((args->n_out - 1) / group + 1, ith, nth);
-    size_t begin = groups.begin * group, end = min_size(groups.end * group, args->n_out);
+    struct range groups = groups_of_part(job, ith, nth);
+    size_t begin = groups.begin * group_outputs(args), end = min_size(groups.end * group_outputs(args), args->n_out);
     if (begin >= end)
         return;
     struct linear_block block = {

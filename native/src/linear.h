@@ -7,6 +7,7 @@
 struct linear_job {
     const ksort_linear_args *args;
     const struct kernels *kernels;
+    uint32_t n_long; /* parts that come first and are longer than the others; 0: all parts are alike */
 };
 
 /* Checks args. Returns KSORT_OK, _ARGUMENT, _STRUCT_SIZE, _TYPE, _KERNELS. */
@@ -15,7 +16,8 @@ ksort_status ksort_linear_prepare(const ksort_linear_args *args, struct linear_j
 /* Outputs of part ith of nth. */
 void ksort_linear_run(const struct linear_job *job, uint32_t ith, uint32_t nth);
 
-/* Parts for a pool: many, so that a thread which lost its core does not hold up the others, but none too small. */
-uint32_t ksort_linear_parts(const struct linear_job *job);
+/* Parts for a pool. Few rows: a long part for each thread, as one stream of weights is read fastest, then many short
+ * ones, so that a thread which lost its core does not hold up the others. */
+uint32_t ksort_linear_parts(struct linear_job *job, uint32_t n_threads);
 
 #endif /* KSORT_LINEAR_H */

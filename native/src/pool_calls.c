@@ -87,8 +87,9 @@ ksort_status ksort_pool_linear(ksort_pool *pool, const ksort_linear_args *args)
     ksort_status status = ksort_linear_prepare(args, job);
     if (status != KSORT_OK)
         return status;
+    uint32_t n_parts = ksort_linear_parts(job, ksort_pool_threads(pool));
     ksort_pool_begin(pool);
-    return ksort_pool_run_phase(pool, PHASE_LINEAR, ksort_linear_parts(job));
+    return ksort_pool_run_phase(pool, PHASE_LINEAR, n_parts);
 }
 
 ksort_status ksort_pool_rms_norm(ksort_pool *pool, const ksort_rms_norm_args *args)
