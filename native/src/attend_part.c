@@ -38,19 +38,11 @@ static struct range within_tile(struct range slots, size_t tile)
                           min_size(max_size(slots.end, first), first + KSORT_TILE_TOKENS) - first};
 }
 
-/* Keys of the next tile: asked for while this one is worked on. Values are asked for in accumulate. */
-static void prefetch_next(const struct tile_span *keys)
-{
-    for (size_t i = 0; i < keys->layout->tile_bytes; i += CACHE_LINE)
-        PREFETCH_NEXT(keys->next + i);
-}
-
 static void attend_tile(const struct attend_job *job, const struct unit *unit, size_t tile,
                         struct attend_scratch *scratch, struct partial *partial)
 {
     struct tile_span keys = span_of(job->args->k, &job->k, unit, tile);
     struct tile_span values = span_of(job->args->v, &job->v, unit, tile);
-    prefetch_next(&keys);
     scores_for(job)(&keys, &scratch->queries, scratch->scores);
     for (uint32_t row = 0; row < unit->n_rows; row++) {
         struct range seen = within_tile(row_slots(job, unit->first_row + row), tile);

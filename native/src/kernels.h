@@ -70,6 +70,15 @@ struct tile_span {
     uint32_t end; /* at most KSORT_TILE_TOKENS */
 };
 
+/* Asks for the share of the next tile that n of the tile's tokens have of this one. Kernels ask as they go along: a core
+ * waits once some 20 lines are on their way. */
+static inline void prefetch_share(const struct tile_span *span, uint32_t first_token, uint32_t n)
+{
+    const size_t a_token = span->layout->tile_bytes / KSORT_TILE_TOKENS;
+    for (size_t i = first_token * a_token; i < (first_token + n) * a_token; i += CACHE_LINE)
+        PREFETCH_NEXT(span->next + i);
+}
+
 /* scores[row][token] for at least the span's tokens (whole strips may be written). */
 typedef void score_function(const struct tile_span *keys, const struct query_rows *queries,
                             float (*scores)[KSORT_TILE_TOKENS]);

@@ -61,6 +61,7 @@ ALWAYS_INLINE void scores_float_of_type(const struct tile_span *keys, const uint
                                         const struct query_rows *queries, float (*scores)[KSORT_TILE_TOKENS])
 {
     for (uint32_t token = keys->begin / TOKENS_AT_ONCE * TOKENS_AT_ONCE; token < keys->end; token += TOKENS_AT_ONCE) {
+        prefetch_share(keys, token, TOKENS_AT_ONCE);
         for (uint32_t row = 0; row < queries->n_rows; row += ROWS_AT_ONCE) {
             switch (min_size(queries->n_rows - row, ROWS_AT_ONCE)) {
             case 1: scores_of_tokens(keys, type, queries, row, 1, token, scores); break;

@@ -156,6 +156,7 @@ ALWAYS_INLINE void scores_of_span(const struct tile_span *keys, const struct que
 {
     for (uint32_t token = keys->begin / STRIP_TOKENS * STRIP_TOKENS; token < keys->end; token += STRIP_TOKENS) {
         struct strip strip;
+        prefetch_share(keys, token, STRIP_TOKENS);
         load_strip(keys, token, &strip);
         scores_of_strip(&strip, queries, rows, scores);
     }

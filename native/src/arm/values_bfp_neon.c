@@ -205,8 +205,7 @@ void ksort_neon_accumulate_bfp(const struct tile_span *values, uint32_t n_rows,
     const struct head_layout *layout = values->layout;
     struct weighted_rows rows;
     value_chunk chunk;
-    for (size_t i = 0; i < layout->tile_bytes; i += CACHE_LINE)
-        PREFETCH_NEXT(values->next + i);
+    prefetch_share(values, 0, KSORT_TILE_TOKENS);
     for (uint32_t b = 0; b < layout->n_blocks; b++) {
         uint32_t end = (uint32_t)min_size((b + 1) * layout->block_size, layout->head_dim);
         weigh_rows(values, b, n_rows, weights, &rows);

@@ -74,6 +74,7 @@ void ksort_avx2_scores_bfp_by_bfp(const struct tile_span *keys, const struct que
 {
     for (uint32_t token = keys->begin / HALF_STRIP * HALF_STRIP; token < keys->end; token += HALF_STRIP) {
         struct half_strip strip;
+        prefetch_share(keys, token, HALF_STRIP);
         load_half_strip(keys, token, &strip);
         for (uint32_t row = 0; row < queries->n_rows; row += ROWS_AT_ONCE) {
             switch (min_size(queries->n_rows - row, ROWS_AT_ONCE)) {
@@ -123,6 +124,7 @@ void ksort_avx2_scores_bfp_by_f32(const struct tile_span *keys, const struct que
 {
     for (uint32_t token = keys->begin / HALF_STRIP * HALF_STRIP; token < keys->end; token += HALF_STRIP) {
         struct half_strip strip;
+        prefetch_share(keys, token, HALF_STRIP);
         load_half_strip(keys, token, &strip);
         for (uint32_t row = 0; row < queries->n_rows; row += ROWS_AT_ONCE) {
             switch (min_size(queries->n_rows - row, ROWS_AT_ONCE)) {
@@ -167,6 +169,7 @@ ALWAYS_INLINE void scores_float_of_type(const struct tile_span *keys, const uint
                                         const struct query_rows *queries, float (*scores)[KSORT_TILE_TOKENS])
 {
     for (uint32_t token = keys->begin / 2 * 2; token < keys->end; token += 2) {
+        prefetch_share(keys, token, 2);
         for (uint32_t row = 0; row < queries->n_rows; row += ROWS_AT_ONCE) {
             switch (min_size(queries->n_rows - row, ROWS_AT_ONCE)) {
             case 1: scores_of_two_tokens(keys, type, queries, row, 1, token, scores); break;

@@ -66,6 +66,7 @@ void ksort_avx512_scores_bfp_by_f32(const struct tile_span *keys, const struct q
 {
     for (uint32_t token = keys->begin / STRIP_TOKENS * STRIP_TOKENS; token < keys->end; token += STRIP_TOKENS) {
         struct strip_avx512 strip;
+        prefetch_share(keys, token, STRIP_TOKENS);
         load_strip(keys, token, true, &strip);
         for (uint32_t row = 0; row < queries->n_rows; row += ROWS_AT_ONCE) {
             switch (min_size(queries->n_rows - row, ROWS_AT_ONCE)) {
@@ -122,6 +123,7 @@ ALWAYS_INLINE void scores_float_of_type(const struct tile_span *keys, const uint
                                         const struct query_rows *queries, float (*scores)[KSORT_TILE_TOKENS])
 {
     for (uint32_t token = keys->begin / 4 * 4; token < keys->end; token += 4) {
+        prefetch_share(keys, token, 4);
         for (uint32_t row = 0; row < queries->n_rows; row += 4) {
             switch (min_size(queries->n_rows - row, 4)) {
             case 1: scores_of_four_tokens(keys, type, queries, row, 1, token, scores); break;

@@ -30,6 +30,7 @@ ALWAYS_INLINE void strips_of_few_rows(const struct tile_span *keys, const struct
     const __m512i sign_bits = _mm512_set1_epi8((char)0x88), nibble = _mm512_set1_epi8(0x0F);
     const uint8_t *words = keys->tile + word_offset(layout, 0, first_token);
     const size_t stride = strip_bytes(layout);
+    const ptrdiff_t to_next = keys->next - keys->tile;
     __m512 sums[FEW_ROWS][MAX_STRIPS];
     for (int r = 0; r < n_rows; r++)
         for (int s = 0; s < n_strips; s++)
@@ -42,7 +43,9 @@ ALWAYS_INLINE void strips_of_few_rows(const struct tile_span *keys, const struct
         for (uint32_t end = block_quads_end(layout, b) / 2; word < end; word++)
 #pragma GCC unroll 4
             for (int s = 0; s < n_strips; s++) {
-                __m512i stored = _mm512_xor_si512(_mm512_loadu_si512(words + s * stride + word * 64), sign_bits);
+                const uint8_t *stored_words = words + s * stride + word * 64;
+                PREFETCH_NEXT(stored_words + to_next);
+                __m512i stored = _mm512_xor_si512(_mm512_loadu_si512(stored_words), sign_bits);
                 __m512i low = _mm512_and_si512(stored, nibble);
                 __m512i high = _mm512_and_si512(_mm512_srli_epi32(stored, 4), nibble);
 #pragma GCC unroll 4
@@ -53,6 +56,7 @@ ALWAYS_INLINE void strips_of_few_rows(const struct tile_span *keys, const struct
             }
         for (int s = 0; s < n_strips; s++) {
             const uint8_t *exponents = keys->tile + exponent_offset(layout, b, first_token + STRIP_TOKENS * s);
+            PREFETCH_NEXT(exponents + to_next);
             __m512i bits = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)exponents));
             __m512 scale = _mm512_castsi512_ps(_mm512_slli_epi32(bits, 23));
             for (int r = 0; r < n_rows; r++) {

@@ -71,6 +71,7 @@ ALWAYS_INLINE void scores_by_bfp(const struct tile_span *keys, const struct quer
 {
     for (uint32_t token = keys->begin / STRIP_TOKENS * STRIP_TOKENS; token < keys->end; token += STRIP_TOKENS) {
         struct strip_avx512 strip;
+        prefetch_share(keys, token, STRIP_TOKENS);
         load_strip(keys, token, signed_bytes, &strip);
         for (uint32_t row = 0; row < queries->n_rows; row += ROWS_AT_ONCE) {
             switch (min_size(queries->n_rows - row, ROWS_AT_ONCE)) {

@@ -107,8 +107,7 @@ void ksort_avx2_accumulate_bfp(const struct tile_span *values, uint32_t n_rows,
 {
     _Alignas(32) mantissa_column columns[KSORT_MAX_HEAD_DIM / COLUMN];
     _Alignas(32) scaled_weights scaled[MAX_BLOCKS];
-    for (size_t i = 0; i < values->layout->tile_bytes; i += CACHE_LINE)
-        PREFETCH_NEXT(values->next + i);
+    prefetch_share(values, 0, KSORT_TILE_TOKENS);
     unpack_columns(values, columns);
     for (uint32_t row = 0; row < n_rows; row += ROWS_AT_ONCE) {
         uint32_t n = (uint32_t)min_size(n_rows - row, ROWS_AT_ONCE);
