@@ -9,6 +9,13 @@
 #include <stdbool.h>
 #include <string.h>
 
+/* For functions that CUDA kernels share. */
+#ifdef __CUDACC__
+#define HOST_DEVICE __host__ __device__
+#else
+#define HOST_DEVICE
+#endif
+
 /* For functions whose constant arguments must reach the compiler: numbers of rows, types. */
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
 
@@ -21,14 +28,14 @@
 /* Float bits of a finite value are below this once the sign is cleared; infinity and NaN are not. */
 #define FLOAT_MAGNITUDE_INF 0x7F800000u
 
-static inline uint32_t float_bits(float x)
+static inline HOST_DEVICE uint32_t float_bits(float x)
 {
     uint32_t bits;
     memcpy(&bits, &x, sizeof bits);
     return bits;
 }
 
-static inline float bits_float(uint32_t bits)
+static inline HOST_DEVICE float bits_float(uint32_t bits)
 {
     float x;
     memcpy(&x, &bits, sizeof x);
@@ -36,7 +43,7 @@ static inline float bits_float(uint32_t bits)
 }
 
 /* 2^(exponent - 127) for a stored exponent byte: exactly 0 for 0 (the format's zero block), infinity for 255. */
-static inline float exponent_scale(uint8_t exponent)
+static inline HOST_DEVICE float exponent_scale(uint8_t exponent)
 {
     return bits_float((uint32_t)exponent << 23);
 }

@@ -52,30 +52,30 @@ void ksort_store_mantissas(const struct head_layout *layout, const union token_m
 void ksort_load_mantissas(const struct head_layout *layout, const uint8_t *tile, uint32_t token,
                           union token_mantissas *mantissas);
 
-static inline bool is_bfp(uint32_t type)
+static inline HOST_DEVICE bool is_bfp(uint32_t type)
 {
     return type >= KSORT_BFP16;
 }
 
-static inline size_t strip_bytes(const struct head_layout *layout)
+static inline HOST_DEVICE size_t strip_bytes(const struct head_layout *layout)
 {
     return (size_t)layout->n_words * STRIP_TOKENS * 4;
 }
 
 /* Byte offset in its tile of word w of the token at `token` (0..63). */
-static inline size_t word_offset(const struct head_layout *layout, uint32_t w, uint32_t token)
+static inline HOST_DEVICE size_t word_offset(const struct head_layout *layout, uint32_t w, uint32_t token)
 {
     return token / STRIP_TOKENS * strip_bytes(layout) + ((size_t)w * STRIP_TOKENS + token % STRIP_TOKENS) * 4;
 }
 
 /* Byte offset in its tile of the exponent of block `block` of the token at `token` (0..63). */
-static inline size_t exponent_offset(const struct head_layout *layout, uint32_t block, uint32_t token)
+static inline HOST_DEVICE size_t exponent_offset(const struct head_layout *layout, uint32_t block, uint32_t token)
 {
     return STRIPS_PER_TILE * strip_bytes(layout) + (size_t)block * KSORT_TILE_TOKENS + token;
 }
 
 /* Byte offset in its tile of the row of the token at `token` (0..63); float types. */
-static inline size_t row_offset(const struct head_layout *layout, uint32_t token)
+static inline HOST_DEVICE size_t row_offset(const struct head_layout *layout, uint32_t token)
 {
     return (size_t)token * layout->head_dim * layout->value_bytes;
 }

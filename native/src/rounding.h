@@ -14,7 +14,7 @@ struct step_inverse {
     float second;
 };
 
-static inline struct step_inverse step_inverse_of(uint32_t exponent, uint32_t mantissa_bits)
+static inline HOST_DEVICE struct step_inverse step_inverse_of(uint32_t exponent, uint32_t mantissa_bits)
 {
     int32_t power = (int32_t)(mantissa_bits - 2) - ((int32_t)exponent - 127);
     int32_t half = power / 2;
@@ -32,13 +32,13 @@ struct block_step {
 };
 
 /* Values that are in units of the step already. */
-static inline struct block_step unit_step(uint32_t mantissa_bits)
+static inline HOST_DEVICE struct block_step unit_step(uint32_t mantissa_bits)
 {
     float limit = (float)(1 << (mantissa_bits - 1));
     return (struct block_step){{1.0f, 1.0f}, 1.0f, -limit, limit - 1.0f};
 }
 
-static inline struct block_step block_step_of(uint32_t exponent, uint32_t mantissa_bits)
+static inline HOST_DEVICE struct block_step block_step_of(uint32_t exponent, uint32_t mantissa_bits)
 {
     if (exponent == 0)
         return (struct block_step){.step = 0.0f};

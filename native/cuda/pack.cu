@@ -1,0 +1,109 @@
+/* Packing. A strip is 16 slots of one head of keys or values; a thread block takes
+ *
+ *     nearest rounding:   a strip of up to four heads, a thread 16 channels of a token     (pack_nearest.cuh)
+ *     transformed heads:  a strip of one head, a warp T tokens                             (pack_transformed.cuh)
+ *
+ * Bytes moved, a head of one token: head_dim times 2 or 4 in, head_dim * bits / 8 + blocks out. Besides, mostly from
+ * L2: RoPE tables and rows of cos and sin once a block with nearest rounding; of transformed heads all tables once a
+ * token, and once a strip the rows of the feedback matrix from the diagonal on, some 2 head_dim^2 bytes.
+ */
+#include "pack_nearest.cuh"
+#include "pack_transformed.cuh"
+#include "phases.cuh"
+
+namespace {
+
+/* Grid: x = (strip of the sequence, head or group of heads) * sides + side, so that blocks that run together read
+ * neighbouring heads; y = sequence. */
+template <int HEAD_DIM, bool TRANSFORMED>
+__global__ void __launch_bounds__(strip_shape<HEAD_DIM>::THREADS, (TRANSFORMED ? 1024 : 1280) / strip_shape<HEAD_DIM>::THREADS)
+    pack_kernel(const __grid_constant__ pack_work work)
+{
+    extern __shared__ uint4 shared_chunks[];
+    uint8_t *shared = reinterpret_cast<uint8_t *>(shared_chunks);
+    const pack_side &side = work.sides[blockIdx.x % work.n_sides];
+    const uint32_t index = blockIdx.x / work.n_sides;
+    if constexpr (TRANSFORMED) {
+        if (side.is_transformed) {
+            pack_transformed<HEAD_DIM>(work, side, index, shared);
+            return;
+        }
+    }
+    if (work.x_type == KSORT_F16)
+        pack_nearest<HEAD_DIM, KSORT_F16>(work, side, index, shared);
+    else if (work.x_type == KSORT_BF16)
+        pack_nearest<HEAD_DIM, KSORT_BF16>(work, side, index, shared);
+    else
+        pack_nearest<HEAD_DIM, KSORT_F32>(work, side, index, shared);
+}
+
+pack_work work_of(const pack_job &job)
+{
+    pack_work work = {};
+    work.tokens = job.tokens;
+    work.rope = job.rope;
+    work.token_stride = job.token_stride;
+    work.sequence_stride = job.sequence_stride;
+    work.x_type = job.x_type;
+    if (job.has_k)
+        work.sides[work.n_sides++] = {job.k, job.k_transform, job.k_x, job.has_k_transform, job.rope.partner != NULL};
+    if (job.has_v)
+        work.sides[work.n_sides++] = {job.v, job.v_transform, job.v_x, job.has_v_transform, false};
+    work.n_kv_heads = work.sides[0].cache.pages.n_kv_heads;
+    return work;
+}
+
+template <int HEAD_DIM, bool TRANSFORMED>
+cudaError_t launch_kernel(const pack_work &work, cudaLaunchConfig_t &config)
+{
+    size_t bytes = nearest_smem_bytes<HEAD_DIM>(work.x_type);
+    if (TRANSFORMED && sizeof(pack_smem<HEAD_DIM>) > bytes)
+        bytes = sizeof(pack_smem<HEAD_DIM>);
+    config.dynamicSmemBytes = bytes;
+    if (bytes > 48 << 10) { /* what a kernel may have without asking */
+        cudaError_t error = cudaFuncSetAttribute(pack_kernel<HEAD_DIM, TRANSFORMED>,
+                                                 cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes);
+        if (error != cudaSuccess)
+            return error;
+    }
+    return cudaLaunchKernelEx(&config, pack_kernel<HEAD_DIM, TRANSFORMED>, work);
+}
+
+template <int HEAD_DIM>
+cudaError_t launch(const pack_job &job, cudaStream_t stream)
+{
+    pack_work work = work_of(job);
+    /* n tokens touch the most strips where the first is the last of its strip. */
+    const uint64_t n_strips = ((uint64_t)job.tokens.n_tokens + STRIP_TOKENS - 2) / STRIP_TOKENS + 1;
+    /* Few strips: spread them over the device. */
+    const bool is_small = n_strips * job.tokens.n_sequences * work.n_kv_heads < 512;
+    const bool is_transformed = job.has_k_transform || job.has_v_transform;
+    work.heads_a_block = is_small ? HEADS_AT_ONCE : nearest_shape<HEAD_DIM>::HEADS;
+    const uint32_t heads_a_block = is_transformed ? 1 : work.heads_a_block;
+    const uint64_t blocks = n_strips * work.n_sides * ((work.n_kv_heads + heads_a_block - 1) / heads_a_block);
+    if (blocks > INT32_MAX)
+        return cudaErrorInvalidConfiguration;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3((uint32_t)blocks, job.tokens.n_sequences);
+    config.blockDim = dim3(strip_shape<HEAD_DIM>::THREADS);
+    config.stream = stream;
+    return is_transformed ? launch_kernel<HEAD_DIM, true>(work, config) : launch_kernel<HEAD_DIM, false>(work, config);
+}
+
+} // namespace
+
+cudaError_t launch_pack(const pack_job &job, cudaStream_t stream)
+{
+    switch (job.has_k ? job.k.layout.head_dim : job.v.layout.head_dim) {
+    case 64:
+        return launch<64>(job, stream);
+    case 80:
+        return launch<80>(job, stream);
+    case 96:
+        return launch<96>(job, stream);
+    case 128:
+        return launch<128>(job, stream);
+    default:
+        return launch<256>(job, stream);
+    }
+}

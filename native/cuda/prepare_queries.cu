@@ -1,0 +1,151 @@
+/* Queries as attention multiplies them. A warp takes the rows (query heads of one token) of a KV head one after another:
+ * they share all tables; each is loaded while the one before it is rounded. With few rows: one row.
+ *
+ *     q [row][head_dim] --RoPE, / scale, rotate, sequence--> x: 32 lanes x HEAD_DIM / 32 registers
+ *       --largest of a block--> exponents [row][blocks] u8
+ *       --nearest-------------> mantissas [row][query_stride] i8, values [row][head_dim] bf16
+ *
+ * Bytes moved, a row: head_dim times 2 or 4 in, 3 head_dim + 16 out.
+ */
+#include "dependent_launch.cuh"
+#include "encode.cuh"
+#include "phases.cuh"
+
+namespace {
+
+constexpr int WARPS = 8; /* of a thread block */
+
+constexpr uint32_t FEW_ROWS = 8192; /* fewer don't fill a device with more than one row a warp */
+
+template <int HEAD_DIM>
+__device__ inline void load_query(const attend_job &job, size_t at, float (&x)[CHANNELS_A_LANE<HEAD_DIM>])
+{
+#pragma unroll
+    for (int i = 0; i < CHANNELS_A_LANE<HEAD_DIM>; i++)
+        x[i] = holds_channel<HEAD_DIM>(i) ? load_float(job.q, job.x_type, at + i * WARP + lane_of_thread()) : 0.0f;
+}
+
+template <int HEAD_DIM>
+__device__ inline bool is_finite(const float (&x)[CHANNELS_A_LANE<HEAD_DIM>])
+{
+    float largest = 0.0f;
+#pragma unroll
+    for (int i = 0; i < CHANNELS_A_LANE<HEAD_DIM>; i++)
+        largest = larger_magnitude(largest, x[i]);
+    return __all_sync(ALL_LANES, float_bits(largest) < FLOAT_MAGNITUDE_INF);
+}
+
+/* The nearest encoder of BFP16, in blocks of the keys' size. */
+template <int HEAD_DIM>
+__device__ void store_rounded(const attend_job &job, size_t row, const float (&x)[CHANNELS_A_LANE<HEAD_DIM>])
+{
+    constexpr uint32_t MANTISSA_BITS = 8;
+    constexpr float LARGEST = 127.0f;
+    constexpr int N = CHANNELS_A_LANE<HEAD_DIM>;
+    const uint32_t lane = lane_of_thread(), block_size = job.k.layout.block_size;
+    int8_t *mantissas = job.mantissas + row * job.query_stride;
+    uint8_t *exponents = job.exponents + row * MAX_BLOCKS;
+    uint32_t block_exponents[N];
+    block_magnitudes<N>(x, block_size, block_exponents);
+    if (lane < MAX_BLOCKS && lane >= job.k.layout.n_blocks)
+        exponents[lane] = 0;
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        if (!holds_channel<HEAD_DIM>(i))
+            continue;
+        const uint32_t c = i * WARP + lane, exponent = block_exponents[i] >> 23;
+        struct step_inverse inverse = step_inverse_of(exponent, MANTISSA_BITS);
+        /* A block without an exponent (zeros and subnormals) has mantissas 0. */
+        const float limit = exponent == 0 ? 0.0f : LARGEST;
+        uint32_t bits = mantissa_bits_of(units_of_step(x[i], inverse), -limit, limit);
+        mantissas[c] = (int8_t)bits;
+        job.values[row * HEAD_DIM + c] =
+            __float2bfloat16_rn(__fmul_rn(__fmul_rn(mantissa_of(bits), 0x1p-6f), exponent_scale((uint8_t)exponent)));
+        if (c % block_size == 0)
+            exponents[c / block_size] = (uint8_t)exponent;
+    }
+    for (uint32_t c = HEAD_DIM + lane; c < job.query_stride; c += WARP)
+        mantissas[c] = 0;
+}
+
+/* Grid: x = (token, group of rows_a_warp query heads) in warps, y = sequence. */
+template <int HEAD_DIM>
+__global__ void __launch_bounds__(WARPS *WARP)
+    prepare_kernel(const __grid_constant__ attend_job job, uint32_t rows_a_warp)
+{
+    let_dependent_begin(); /* decode asks for its first tiles meanwhile */
+    __shared__ float scratch_of_warps[WARPS][HEAD_DIM];
+    float *scratch = scratch_of_warps[threadIdx.x / WARP];
+    const uint32_t warp = blockIdx.x * WARPS + threadIdx.x / WARP, warps_a_token = job.n_heads / rows_a_warp;
+    const uint32_t sequence = blockIdx.y, token = warp / warps_a_token;
+    const uint32_t first_head = warp % warps_a_token * rows_a_warp;
+    if (token >= job.tokens.n_tokens)
+        return;
+    head_turns<HEAD_DIM> turns;
+    transform_entries<HEAD_DIM> entries;
+    float q[CHANNELS_A_LANE<HEAD_DIM>];
+    const size_t first_q =
+        sequence * job.q_sequence_stride + token * job.q_token_stride + (size_t)first_head * HEAD_DIM;
+    load_query<HEAD_DIM>(job, first_q, q); /* of tokens that are not new as well: all loads are under way together */
+    load_turns<HEAD_DIM>(job.rope, first_head / job.group, turns);
+    load_transform<HEAD_DIM>(job.k_transform, first_head / job.group, entries);
+    if (token >= n_new_of(job.tokens, sequence))
+        return;
+    const uint32_t position = (uint32_t)job.tokens.n_cached[sequence] + token;
+    if (job.rope.partner && position >= job.tokens.n_positions) {
+        if (lane_of_thread() == 0)
+            tell(job.tokens, KSORT_ERR_ROPE);
+        return;
+    }
+    head_angles<HEAD_DIM> angles;
+    load_angles<HEAD_DIM>(job.rope, position, turns, angles);
+    const size_t first_row = ((size_t)sequence * job.tokens.n_tokens + token) * job.n_heads + first_head;
+    for (uint32_t r = 0; r < rows_a_warp; r++) {
+        float x[CHANNELS_A_LANE<HEAD_DIM>];
+#pragma unroll
+        for (int i = 0; i < CHANNELS_A_LANE<HEAD_DIM>; i++)
+            x[i] = q[i];
+        if (r + 1 < rows_a_warp)
+            load_query<HEAD_DIM>(job, first_q + (size_t)(r + 1) * HEAD_DIM, q);
+        rope_head<HEAD_DIM>(job.rope, turns, angles, scratch, x);
+        transform_query<HEAD_DIM>(job.k_transform, entries, scratch, x);
+        /* What was not finite has stayed so. */
+        if (is_finite<HEAD_DIM>(x))
+            store_rounded<HEAD_DIM>(job, first_row + r, x);
+        else if (lane_of_thread() == 0)
+            tell(job.tokens, KSORT_ERR_NON_FINITE);
+    }
+}
+
+template <int HEAD_DIM>
+cudaError_t launch(const attend_job &job, cudaStream_t stream)
+{
+    const uint64_t rows = (uint64_t)job.tokens.n_tokens * job.n_heads;
+    const uint32_t rows_a_warp = rows * job.tokens.n_sequences < FEW_ROWS ? 1 : job.group;
+    const uint64_t blocks = (rows / rows_a_warp + WARPS - 1) / WARPS;
+    if (blocks > INT32_MAX / WARPS)
+        return cudaErrorInvalidConfiguration;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3((uint32_t)blocks, job.tokens.n_sequences);
+    config.blockDim = dim3(WARPS * WARP);
+    config.stream = stream;
+    return cudaLaunchKernelEx(&config, prepare_kernel<HEAD_DIM>, job, rows_a_warp);
+}
+
+} // namespace
+
+cudaError_t launch_prepare_queries(const attend_job &job, cudaStream_t stream)
+{
+    switch (job.k.layout.head_dim) {
+    case 64:
+        return launch<64>(job, stream);
+    case 80:
+        return launch<80>(job, stream);
+    case 96:
+        return launch<96>(job, stream);
+    case 128:
+        return launch<128>(job, stream);
+    default:
+        return launch<256>(job, stream);
+    }
+}
