@@ -1,7 +1,8 @@
 """libksort through cffi (ABI mode): loading, statuses into exceptions, and the runner's one call a layer.
 
-The only file that knows cffi. Declarations come from ksort.h itself (native_files.py finds it), so they exist once;
-what each field means, its shape and its unit are said there. cffi keeps no Python objects alive: every object here
+The only file that knows cffi (native_cuda.py's calls into libksort_cuda go through its binding too). Declarations come
+from the headers themselves (native_files.py finds them), so they exist once; what each field means, its shape and its
+unit are said there. cffi keeps no Python objects alive: every object here
 holds what its C structs point to.
 """
 
@@ -17,15 +18,16 @@ from ksort_gguf.native_structs import Rope, TransformTables, aligned_buffer
 
 
 class _Binding:
-    """The loaded library: `ffi`, `lib`, and the types that hot calls cast to."""
+    """A loaded library, lib{name}: `ffi`, `lib`, and the types that hot calls cast to."""
 
-    def __init__(self):
-        library, header = native_files.library_path(), native_files.header_path()
+    def __init__(self, name: str = "ksort"):
+        library = native_files.library_path(name)
         self.ffi = FFI()
-        self.ffi.cdef(native_files.declarations(header.read_text(encoding="utf-8")))
+        self.ffi.cdef(native_files.header_text(name))
         try:
             self.lib = self.ffi.dlopen(str(library))
-            built, expected = self.lib.ksort_abi_version(), self.lib.KSORT_ABI_VERSION
+            built = getattr(self.lib, f"{name}_abi_version")()
+            expected = getattr(self.lib, f"{name.upper()}_ABI_VERSION")
         except (OSError, AttributeError) as error:  # no library at all, or another one without our functions
             raise KsortError(f"{library}: cannot be loaded ({error}): reinstall ksort-gguf on this machine") from error
         if built != expected:
@@ -54,11 +56,12 @@ class _Binding:
             return
         if error := user_error(self.ffi.string(self.ffi.cast("ksort_status", status)), where):
             raise error
-        text = self.ffi.string(self.lib.ksort_status_text(status)).decode()
+        libksort = loaded()  # its texts serve for libksort_cuda's statuses too
+        text = libksort.ffi.string(libksort.lib.ksort_status_text(status)).decode()
         raise ValueError(f"libksort: {text} (status {status}){where}")
 
 
-loaded = functools.cache(_Binding)  # the one binding of the process
+loaded = functools.cache(_Binding)  # the one binding of a library in the process
 
 
 def kernels() -> str:

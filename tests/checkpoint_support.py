@@ -26,9 +26,11 @@ LLAMA = {
 QWEN2 = {**LLAMA, "architectures": ["Qwen2ForCausalLM"]}
 
 
-def random_weights(rng: np.random.Generator, biases: bool = False, n_vocab: int = N_VOCAB) -> dict[str, np.ndarray]:
+def random_weights(
+    rng: np.random.Generator, biases: bool = False, n_vocab: int = N_VOCAB, head_dim: int = HEAD_DIM
+) -> dict[str, np.ndarray]:
     """All tensors of the configurations above, float32, under Hugging Face names."""
-    q_rows, kv_rows = N_HEADS * HEAD_DIM, N_KV_HEADS * HEAD_DIM
+    q_rows, kv_rows = N_HEADS * head_dim, N_KV_HEADS * head_dim
     weights = {"model.embed_tokens.weight": (n_vocab, N_EMBD), "model.norm.weight": (N_EMBD,)}
     weights["lm_head.weight"] = (n_vocab, N_EMBD)
     for layer in range(N_LAYERS):

@@ -8,7 +8,7 @@ import sys
 from itertools import product
 
 from ksort_gguf.cache_types import BLOCK_SIZES, K_TYPES, V_TYPES
-from ksort_gguf.commands.model_arguments import load
+from ksort_gguf.commands.model_arguments import add_device_arguments, load
 from ksort_gguf.errors import KsortError
 
 _FORMATS = ("md", "json", "jsonl", "csv")
@@ -30,7 +30,7 @@ def configure_parser(subparsers) -> None:
     parser.add_argument("-ctv", "--cache-type-v", metavar="TYPE,..", help=f"of {', '.join(V_TYPES)}")
     parser.add_argument("--block-size", type=int, choices=BLOCK_SIZES, help="channels that share an exponent")
     parser.add_argument("-t", "--threads", type=int, default=0, metavar="N", help="CPU threads (default: all)")
-    parser.add_argument("-ngl", "--n-gpu-layers", type=int, metavar="N", help="accepted and ignored")
+    add_device_arguments(parser)
     parser.add_argument("-r", "--repetitions", type=int, default=5, metavar="N", help="default: %(default)s")
     parser.add_argument("-o", "--output", choices=_FORMATS, default="md", help="default: %(default)s")
     parser.set_defaults(run=run)

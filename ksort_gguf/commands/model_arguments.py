@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from ksort_gguf.runtime.load import LoadedModel
     from ksort_gguf.runtime.sampling import Sampler
 
+_DEVICES = ("none", "cpu", "cuda")  # none: llama.cpp's word for the CPU alone
+
 
 def add_model_arguments(parser: argparse.ArgumentParser, default_ctx: int) -> None:
     """-m and what decides how it runs."""
@@ -44,8 +46,24 @@ def add_model_arguments(parser: argparse.ArgumentParser, default_ctx: int) -> No
         choices=QUERY_TYPES,
         help="what queries are rounded to (default: bfp16 beside BFP keys, f32 beside float keys)",
     )
+    add_device_arguments(parser)
+
+
+def add_device_arguments(parser: argparse.ArgumentParser) -> None:
+    """Where the model runs."""
     parser.add_argument(
-        "-ngl", "--n-gpu-layers", type=int, metavar="N", help="accepted and ignored: this build runs on the CPU"
+        "--device",
+        choices=_DEVICES,
+        help="cuda: run on a GPU, which takes a CUDA build of torch, and ksort-gguf installed where nvcc was on PATH; "
+        "none, cpu: run on the CPU (default, unless -ngl says otherwise)",
+    )
+    parser.add_argument(
+        "-ngl",
+        "--n-gpu-layers",
+        "--gpu-layers",
+        type=int,
+        metavar="N",
+        help="more than 0: as --device cuda with all layers, where a GPU can be used; 0: the CPU",
     )
 
 
@@ -85,14 +103,31 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def load(args: argparse.Namespace) -> "LoadedModel":
-    """Load the model that `args` name, after checking the numbers that argparse cannot."""
+    """Load the model that `args` name where they say, after checking the numbers that argparse cannot."""
     if args.threads < 0:
         raise KsortError(f"--threads {args.threads} is negative: pass a count, or leave it out for all CPUs")
-    if args.n_gpu_layers:
-        print("note: -ngl is ignored, this build runs on the CPU", file=sys.stderr)
+    device = _device(args)
     from ksort_gguf.runtime.load import load_model
 
-    return load_model(args.model, args.plan_file, args.threads)
+    return load_model(args.model, args.plan_file, args.threads, device)
+
+
+def _device(args: argparse.Namespace) -> str:
+    """Either "cpu" or "cuda". -ngl without a GPU is no error, as in llama.cpp: a note says why it is ignored."""
+    n_layers = args.n_gpu_layers or 0
+    if n_layers < 0:
+        raise KsortError(f"-ngl {n_layers} is negative: pass 99 for the GPU, or 0 for the CPU")
+    if args.device == "cuda" and args.n_gpu_layers == 0:
+        raise KsortError("-ngl 0 keeps the model on the CPU, --device cuda does not: leave one of them out")
+    if args.device is not None:
+        return "cuda" if args.device == "cuda" else "cpu"
+    if not n_layers:
+        return "cpu"
+    from ksort_gguf.runtime.cuda_device import missing
+
+    if what := missing():
+        print(f"note: -ngl {n_layers} is ignored, the model runs on the CPU: {what}", file=sys.stderr)
+    return "cpu" if what else "cuda"
 
 
 def cache_options(args: argparse.Namespace, loaded: "LoadedModel") -> "CacheOptions":

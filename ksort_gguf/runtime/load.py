@@ -13,6 +13,8 @@ from ksort_gguf.cache_types import (
 )
 from ksort_gguf.errors import KsortError
 from ksort_gguf.plan.plan_file import check_plan, read_plan
+from ksort_gguf.runtime.cuda_device import require_cuda
+from ksort_gguf.runtime.cuda_model import CudaModel
 from ksort_gguf.runtime.kv_cache import CacheOptions
 from ksort_gguf.runtime.model import Model
 from ksort_gguf.runtime.weights import load_weights
@@ -27,7 +29,7 @@ class LoadedModel:
     """A model ready to run, its tokenizer, and the cache options its file declares."""
 
     path: Path
-    model: Model
+    model: Model | CudaModel
     tokenizer: Tokenizer
     metadata: dict[str, object]
     declared: CacheOptions
@@ -60,11 +62,16 @@ class LoadedModel:
         return n_ctx or self.model.geometry.context_length
 
 
-def load_model(path: str | os.PathLike, plan_file: str | os.PathLike | None = None, n_threads: int = 0) -> LoadedModel:
-    """Open, fold where `plan_file` says so, and load. `n_threads` 0 takes all the CPUs this process may use.
+def load_model(
+    path: str | os.PathLike, plan_file: str | os.PathLike | None = None, n_threads: int = 0, device: str = "cpu"
+) -> LoadedModel:
+    """Open, fold where `plan_file` says so, and load to `device`, "cpu" or "cuda".
 
-    Raises KsortError for files that cannot be run.
+    `n_threads` 0 takes all the CPUs this process may use. Raises KsortError for files that cannot be run, and for a
+    device that is not there.
     """
+    if device == "cuda":
+        require_cuda()
     source = open_gguf(path)
     try:
         plan = source.plan
@@ -73,7 +80,8 @@ def load_model(path: str | os.PathLike, plan_file: str | os.PathLike | None = No
             check_plan(plan, source, str(plan_file))
         fold_with = None if source.plan is not None else plan
         weights = load_weights(source, fold_with)
-        model = Model(weights, source.family, source.geometry, plan, n_threads or _n_cpus())
+        runner = CudaModel if device == "cuda" else Model
+        model = runner(weights, source.family, source.geometry, plan, n_threads or _n_cpus())
         tokenizer = Tokenizer.from_metadata(source.metadata, str(path))
         return LoadedModel(Path(path), model, tokenizer, source.metadata, _declared(source, planned=plan is not None))
     finally:

@@ -1,0 +1,42 @@
+"""Times of calls that only enqueue work on a GPU, and the speed of its memory."""
+
+import statistics
+from collections.abc import Callable
+from itertools import cycle, islice
+
+import torch
+
+COPY_BYTES = 1 << 30
+L2_TIMES = 4  # what the calls of a measurement go through, at least
+_LEAST_CALLS = 8  # in a graph, so that what a replay itself takes counts little
+
+
+def n_copies(n_bytes: int) -> int:
+    """Copies of data of `n_bytes` that the GPU's L2 cannot hold: every byte then comes from memory."""
+    return -(-L2_TIMES * torch.cuda.get_device_properties().L2_cache_size // n_bytes)
+
+
+def call_us(calls: list[Callable[[], object]], repetitions: int) -> float:
+    """Median microseconds of one call, over replays of a CUDA graph that goes round over `calls`."""
+    n_calls = max(len(calls), _LEAST_CALLS)
+    calls[0]()  # what is set up on first use cannot be captured
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in islice(cycle(calls), n_calls):
+            call()
+    times = []
+    for _ in range(repetitions + 1):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e3 / n_calls)
+    return statistics.median(times[1:])
+
+
+def copy_gb_s(repetitions: int) -> float:
+    """GB/s of a copy within the GPU's memory, bytes read and bytes written."""
+    source, target = (torch.zeros(COPY_BYTES, dtype=torch.uint8, device="cuda") for _ in range(2))
+    return 2 * COPY_BYTES / call_us([lambda: target.copy_(source)], repetitions) / 1e3
