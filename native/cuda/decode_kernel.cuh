@@ -187,7 +187,7 @@ __global__ void __launch_bounds__(WARP *WARPS, BLOCKS) decode_kernel(const __gri
     chunk_list<WARPS> list(work, warp);
     for (uint32_t i = 0; i < STAGES - 1; i++)
         ring.fetch(job, work, list, i, lane);
-    wait_for_kernel_before();
+    wait_for_kernel_before(); /* for queries: tiles are older, see dependent_launch.cuh */
     load_queries<HEAD_DIM>(job, work.sequence, work.first_head, work.n_rows, queries);
     __syncthreads();
 
@@ -207,6 +207,37 @@ __global__ void __launch_bounds__(WARP *WARPS, BLOCKS) decode_kernel(const __gri
     write_partials<HEAD_DIM, WARPS>(job, work, joined);
 }
 
+struct device_room {
+    int n_multiprocessors;
+    int shared_bytes;         /* of a multiprocessor */
+    int shared_bytes_a_block; /* at most */
+};
+
+inline cudaError_t room_of_device(device_room *room)
+{
+    int device;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess)
+        error = cudaDeviceGetAttribute(&room->n_multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    if (error == cudaSuccess)
+        error = cudaDeviceGetAttribute(&room->shared_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+    if (error == cudaSuccess)
+        error = cudaDeviceGetAttribute(&room->shared_bytes_a_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    return error;
+}
+
+/* Left alone, a device may give some multiprocessors a block more than they must have, which all others wait for. So a
+ * block asks for so much shared memory that one more does not fit; never less than it needs. Not where a multiprocessor
+ * has one block at most: such short calls only lost, as merge's blocks found no room to wait in beside it. */
+inline uint32_t balanced_shared_bytes(const device_room &room, const dim3 &grid, uint32_t needed_bytes)
+{
+    constexpr uint32_t STEP = 128; /* in which shared memory is given */
+    const uint64_t n_blocks = (uint64_t)grid.x * grid.y * grid.z, n = room.n_multiprocessors;
+    const uint64_t a_multiprocessor = (n_blocks + n - 1) / n;
+    const uint32_t too_much = (uint32_t)(room.shared_bytes / (a_multiprocessor + 1)) / STEP * STEP + STEP;
+    return a_multiprocessor > 1 && too_much > needed_bytes ? too_much : needed_bytes;
+}
+
 template <uint32_t HEAD_DIM, uint32_t K_TYPE, uint32_t V_TYPE, uint32_t WARPS, uint32_t STAGES, uint32_t BLOCKS>
 cudaError_t launch_decode_shaped(const attend_job &job, cudaStream_t stream)
 {
@@ -214,10 +245,15 @@ cudaError_t launch_decode_shaped(const attend_job &job, cudaStream_t stream)
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(job.n_splits * n_row_blocks(job.group), job.k.pages.n_kv_heads, job.tokens.n_sequences);
     config.blockDim = dim3(WARP * WARPS);
-    config.dynamicSmemBytes = shared_bytes(HEAD_DIM, K_TYPE, V_TYPE, WARPS, STAGES);
     config.stream = stream;
-    cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)config.dynamicSmemBytes);
+    device_room room;
+    cudaError_t error = room_of_device(&room);
+    if (error != cudaSuccess)
+        return error;
+    config.dynamicSmemBytes =
+        balanced_shared_bytes(room, config.gridDim, shared_bytes(HEAD_DIM, K_TYPE, V_TYPE, WARPS, STAGES));
+    /* The same limit in every call: other threads launch the kernel too. */
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, room.shared_bytes_a_block);
     return error == cudaSuccess ? launch_dependent(config, kernel, job) : error;
 }
 

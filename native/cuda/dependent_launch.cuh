@@ -1,8 +1,9 @@
 /* Kernels of a call that begin while the one before them still runs (programmatic dependent launch, sm_90 and later):
  *
- *     what was before |  prepare_queries  |
- *                     |  . . . first tiles|  decode            |        . . . launched, blocks come as room is left
- *                                         |  . . . . . . . . . |  merge  |
+ *     pack, ... ====|
+ *     prepare_queries    ====|
+ *     decode              ...|=========|        ... asks for its first tiles, then waits
+ *     merge                       .....|====|   ... finds its row, then waits; blocks come as decode's leave
  *
  * prepare_queries is launched the ordinary way, decode and merge by launch_dependent. A dependent kernel begins when
  * every block of the kernel before it has called let_dependent_begin, and wait_for_kernel_before returns when that

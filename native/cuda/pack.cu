@@ -1,6 +1,6 @@
 /* Packing. A strip is 16 slots of one head of keys or values; a thread block takes
  *
- *     nearest rounding:   a strip of up to four heads, a thread 16 channels of a token     (pack_nearest.cuh)
+ *     nearest rounding:   a strip of up to eight heads, a thread 16 channels of a token     (pack_nearest.cuh)
  *     transformed heads:  a strip of one head, a warp T tokens                             (pack_transformed.cuh)
  *
  * Bytes moved, a head of one token: head_dim times 2 or 4 in, head_dim * bits / 8 + blocks out. Besides, mostly from
@@ -13,28 +13,34 @@
 
 namespace {
 
-/* Grid: x = (strip of the sequence, head or group of heads) * sides + side, so that blocks that run together read
- * neighbouring heads; y = sequence. */
+/* Of a multiprocessor: what leaves registers enough. */
+template <bool TRANSFORMED>
+constexpr int RESIDENT_THREADS = TRANSFORMED ? 768 : 1024;
+
+/* Grid: x = strips of the sequence, those of keys first, as RoPE takes longer: alternating, keys and values would go to
+ * different multiprocessors; y = KV head or group of them; z = sequence. */
 template <int HEAD_DIM, bool TRANSFORMED>
-__global__ void __launch_bounds__(strip_shape<HEAD_DIM>::THREADS, (TRANSFORMED ? 1024 : 1280) / strip_shape<HEAD_DIM>::THREADS)
+__global__ void __launch_bounds__(strip_shape<HEAD_DIM>::THREADS,
+                                  RESIDENT_THREADS<TRANSFORMED> / strip_shape<HEAD_DIM>::THREADS)
     pack_kernel(const __grid_constant__ pack_work work)
 {
     extern __shared__ uint4 shared_chunks[];
     uint8_t *shared = reinterpret_cast<uint8_t *>(shared_chunks);
-    const pack_side &side = work.sides[blockIdx.x % work.n_sides];
-    const uint32_t index = blockIdx.x / work.n_sides;
+    const uint32_t second = blockIdx.x >= work.n_strips; /* side */
+    const pack_side &side = work.sides[second];
+    const uint32_t strip_index = blockIdx.x - second * work.n_strips;
     if constexpr (TRANSFORMED) {
         if (side.is_transformed) {
-            pack_transformed<HEAD_DIM>(work, side, index, shared);
+            pack_transformed<HEAD_DIM>(work, side, strip_index, shared);
             return;
         }
     }
     if (work.x_type == KSORT_F16)
-        pack_nearest<HEAD_DIM, KSORT_F16>(work, side, index, shared);
+        pack_nearest<HEAD_DIM, KSORT_F16>(work, side, strip_index, shared);
     else if (work.x_type == KSORT_BF16)
-        pack_nearest<HEAD_DIM, KSORT_BF16>(work, side, index, shared);
+        pack_nearest<HEAD_DIM, KSORT_BF16>(work, side, strip_index, shared);
     else
-        pack_nearest<HEAD_DIM, KSORT_F32>(work, side, index, shared);
+        pack_nearest<HEAD_DIM, KSORT_F32>(work, side, strip_index, shared);
 }
 
 pack_work work_of(const pack_job &job)
@@ -56,7 +62,7 @@ pack_work work_of(const pack_job &job)
 template <int HEAD_DIM, bool TRANSFORMED>
 cudaError_t launch_kernel(const pack_work &work, cudaLaunchConfig_t &config)
 {
-    size_t bytes = nearest_smem_bytes<HEAD_DIM>(work.x_type);
+    size_t bytes = nearest_smem_bytes<HEAD_DIM>(work.x_type, work.heads_a_block);
     if (TRANSFORMED && sizeof(pack_smem<HEAD_DIM>) > bytes)
         bytes = sizeof(pack_smem<HEAD_DIM>);
     config.dynamicSmemBytes = bytes;
@@ -76,15 +82,17 @@ cudaError_t launch(const pack_job &job, cudaStream_t stream)
     /* n tokens touch the most strips where the first is the last of its strip. */
     const uint64_t n_strips = ((uint64_t)job.tokens.n_tokens + STRIP_TOKENS - 2) / STRIP_TOKENS + 1;
     /* Few strips: spread them over the device. */
-    const bool is_small = n_strips * job.tokens.n_sequences * work.n_kv_heads < 512;
+    const bool is_small = n_strips * job.tokens.n_sequences * work.n_kv_heads < 1024;
+    work.n_strips = (uint32_t)n_strips;
     const bool is_transformed = job.has_k_transform || job.has_v_transform;
     work.heads_a_block = is_small ? HEADS_AT_ONCE : nearest_shape<HEAD_DIM>::HEADS;
     const uint32_t heads_a_block = is_transformed ? 1 : work.heads_a_block;
-    const uint64_t blocks = n_strips * work.n_sides * ((work.n_kv_heads + heads_a_block - 1) / heads_a_block);
+    const uint64_t blocks = n_strips * work.n_sides;
     if (blocks > INT32_MAX)
         return cudaErrorInvalidConfiguration;
     cudaLaunchConfig_t config = {};
-    config.gridDim = dim3((uint32_t)blocks, job.tokens.n_sequences);
+    config.gridDim =
+        dim3((uint32_t)blocks, (work.n_kv_heads + heads_a_block - 1) / heads_a_block, job.tokens.n_sequences);
     config.blockDim = dim3(strip_shape<HEAD_DIM>::THREADS);
     config.stream = stream;
     return is_transformed ? launch_kernel<HEAD_DIM, true>(work, config) : launch_kernel<HEAD_DIM, false>(work, config);

@@ -5,7 +5,7 @@
 #include "encode.cuh"
 
 constexpr int CHUNK = 8;           /* neighbouring channels that are loaded together */
-constexpr int FEEDBACK_ROWS = 8;   /* that come through shared memory together: a divisor of WARP and 16 */
+constexpr int FEEDBACK_ROWS = 16;  /* that come through shared memory together: half a register's channels */
 constexpr int FEEDBACK_STAGES = 3; /* such panels: one in use, two on their way */
 
 /* Keys or values of a job. */
@@ -21,6 +21,7 @@ struct pack_side {
 struct pack_work {
     pack_side sides[2];
     uint32_t n_sides;
+    uint32_t n_strips; /* that the tokens of a sequence can touch */
     uint32_t n_kv_heads;
     uint32_t heads_a_block; /* with nearest rounding */
     ksort_cuda_tokens tokens;
@@ -67,11 +68,12 @@ struct strip_place {
     }
 };
 
-/* Finds the index-th strip of the sequence's new slots; false if none of its slots are new, or (told) it is beyond the cache. */
+/* Finds the index-th strip of the sequence's new slots. False where none of its slots are new, or (told) it is beyond
+ * the cache. */
 __device__ inline bool find_strip(const pack_work &work, const pack_side &side, uint32_t index, uint32_t kv_head,
                                   strip_place &strip)
 {
-    strip.sequence = blockIdx.y;
+    strip.sequence = blockIdx.z;
     strip.kv_head = kv_head;
     strip.first_new = (uint32_t)work.tokens.n_cached[strip.sequence];
     strip.end_new = strip.first_new + n_new_of(work.tokens, strip.sequence);

@@ -26,15 +26,11 @@ struct warp_heads {
 
 /* Loads, turns and transforms the warp's heads, and chooses their exponents. */
 template <int HEAD_DIM, class Smem>
-__device__ inline void load_heads(const pack_work &work, const pack_side &side, const strip_place &strip, Smem &smem,
-                                  warp_heads<HEAD_DIM> &heads)
+__device__ inline void load_heads(const pack_work &work, const pack_side &side, const strip_place &strip,
+                                  const head_turns<HEAD_DIM> &turns, const transform_entries<HEAD_DIM> &entries,
+                                  Smem &smem, warp_heads<HEAD_DIM> &heads)
 {
     using heads_type = warp_heads<HEAD_DIM>;
-    head_turns<HEAD_DIM> turns;
-    transform_entries<HEAD_DIM> entries;
-    if (side.has_rope)
-        load_turns<HEAD_DIM>(work.rope, strip.kv_head, turns);
-    load_transform<HEAD_DIM>(side.transform, strip.kv_head, entries);
     heads.any_wanted = false;
 #pragma unroll
     for (int t = 0; t < heads_type::T; t++) {
@@ -91,13 +87,14 @@ __device__ inline void round_panel(const float (&panel)[FEEDBACK_ROWS][strip_sha
 {
     using heads_type = warp_heads<HEAD_DIM>;
     const int lane = lane_of_thread();
-#pragma unroll
+#pragma unroll 8 /* all of them would crowd the instruction cache */
     for (int k = 0; k < FEEDBACK_ROWS; k++)
 #pragma unroll
         for (int t = 0; t < heads_type::T; t++) {
             float(&y)[heads_type::N] = heads.y[t];
             const uint32_t bits = mantissa_bits_of(units_of_step(y[I], steps[t].inverse), steps[t].low, steps[t].high);
-            const float own_error = __fsub_rn(y[I], __fmul_rn(mantissa_of(bits), steps[t].step));
+            /* The product is exact: fused or not, one rounding. */
+            const float own_error = __fmaf_rn(-mantissa_of(bits), steps[t].step, y[I]);
             const float error = __shfl_sync(ALL_LANES, own_error, first_lane + k);
             heads.mantissas[t][I] = lane == first_lane + k ? bits : heads.mantissas[t][I];
             /* Channels that are rounded already change as well: nobody looks at them again. */
@@ -156,8 +153,8 @@ __device__ inline void stage_heads(const head_layout &layout, const warp_heads<H
             if (!holds_channel<HEAD_DIM>(i))
                 continue;
             reinterpret_cast<uint8_t *>(smem.quads[s])[c] = (uint8_t)heads.mantissas[t][i];
-            if (c % layout.block_size == 0)
-                smem.exponents[c / layout.block_size][s] = (uint8_t)heads.exponents[t][i];
+            if ((c & (layout.block_size - 1)) == 0) /* a power of two, unknown to the compiler */
+                smem.exponents[c >> (__ffs(layout.block_size) - 1)][s] = (uint8_t)heads.exponents[t][i];
         }
 }
 
@@ -179,12 +176,19 @@ __device__ inline void store_strip(const head_layout &layout, const strip_place 
     }
 }
 
-/* Rounds a strip of one head; `index` counts (strip, KV head). */
+/* Rounds a strip of one head. */
 template <int HEAD_DIM>
-__device__ inline void pack_transformed(const pack_work &work, const pack_side &side, uint32_t index, uint8_t *shared)
+__device__ inline void pack_transformed(const pack_work &work, const pack_side &side, uint32_t strip_index,
+                                        uint8_t *shared)
 {
+    head_turns<HEAD_DIM> turns;
+    transform_entries<HEAD_DIM> entries;
+    /* Asked for before it is known whether the strip is new: a single token waits for them. */
+    if (side.has_rope)
+        load_turns<HEAD_DIM>(work.rope, blockIdx.y, turns);
+    load_transform<HEAD_DIM>(side.transform, blockIdx.y, entries);
     strip_place strip;
-    if (!find_strip(work, side, index / work.n_kv_heads, index % work.n_kv_heads, strip))
+    if (!find_strip(work, side, strip_index, blockIdx.y, strip))
         return;
     pack_smem<HEAD_DIM> &smem = *reinterpret_cast<pack_smem<HEAD_DIM> *>(shared);
     const head_layout &layout = side.cache.layout;
@@ -195,7 +199,7 @@ __device__ inline void pack_transformed(const pack_work &work, const pack_side &
             request_feedback<HEAD_DIM>(feedback, panel, smem);
     }
     warp_heads<HEAD_DIM> heads;
-    load_heads<HEAD_DIM>(work, side, strip, smem, heads);
+    load_heads<HEAD_DIM>(work, side, strip, turns, entries, smem, heads);
     if (feedback)
         round_registers<HEAD_DIM, 0>(feedback, layout.mantissa_bits, smem, heads);
     else

@@ -1,5 +1,5 @@
-/* Queries as attention multiplies them. A warp takes the rows (query heads of one token) of a KV head one after another:
- * they share all tables; each is loaded while the one before it is rounded. With few rows: one row.
+/* Queries as attention multiplies them. A warp takes the rows (query heads of one token) of a KV head one after
+ * another: they share all tables, and each is loaded while the one before it is rounded. With few rows: one row.
  *
  *     q [row][head_dim] --RoPE, / scale, rotate, sequence--> x: 32 lanes x HEAD_DIM / 32 registers
  *       --largest of a block--> exponents [row][blocks] u8
@@ -61,8 +61,8 @@ __device__ void store_rounded(const attend_job &job, size_t row, const float (&x
         mantissas[c] = (int8_t)bits;
         job.values[row * HEAD_DIM + c] =
             __float2bfloat16_rn(__fmul_rn(__fmul_rn(mantissa_of(bits), 0x1p-6f), exponent_scale((uint8_t)exponent)));
-        if (c % block_size == 0)
-            exponents[c / block_size] = (uint8_t)exponent;
+        if ((c & (block_size - 1)) == 0) /* a power of two, unknown to the compiler */
+            exponents[c >> (__ffs(block_size) - 1)] = (uint8_t)exponent;
     }
     for (uint32_t c = HEAD_DIM + lane; c < job.query_stride; c += WARP)
         mantissas[c] = 0;
