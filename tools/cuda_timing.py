@@ -25,18 +25,24 @@ def call_us(calls: list[Callable[[], object]], repetitions: int) -> float:
     with torch.cuda.graph(graph):
         for call in islice(cycle(calls), n_calls):
             call()
-    times = []
-    for _ in range(repetitions + 1):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / n_calls)
-    return statistics.median(times[1:])
+    return _median_us(graph.replay, repetitions) / n_calls
 
 
 def copy_gb_s(repetitions: int) -> float:
     """GB/s of a copy within the GPU's memory, bytes read and bytes written."""
-    source, target = (torch.zeros(COPY_BYTES, dtype=torch.uint8, device="cuda") for _ in range(2))
-    return 2 * COPY_BYTES / call_us([lambda: target.copy_(source)], repetitions) / 1e3
+    source = torch.randint(256, (COPY_BYTES,), dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * COPY_BYTES / _median_us(lambda: target.copy_(source), repetitions) / 1e3
+
+
+def _median_us(call: Callable[[], object], repetitions: int) -> float:
+    """Median microseconds that the GPU takes for `call`, after a run that does not count."""
+    times = []
+    for _ in range(repetitions + 1):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e3)
+    return statistics.median(times[1:])
