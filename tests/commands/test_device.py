@@ -35,7 +35,7 @@ def test_what_is_missing_is_said(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.delenv(native_files.CUDA_LIBRARY_VARIABLE, raising=False)
     monkeypatch.setattr(native_files, "package_folders", lambda: [tmp_path])
-    native.loaded.cache_clear()
+    monkeypatch.setattr(native, "loaded", native._Binding)  # not one that is loaded already
     assert "nvcc" in cuda_device.missing()
     with pytest.raises(KsortError, match=r"--device cuda: .*libksort_cuda"):
         cuda_device.require_cuda()
