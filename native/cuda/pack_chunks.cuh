@@ -1,84 +1,178 @@
-/* Chunks of eight neighbouring channels with nearest rounding: loaded, turned, packed into quads or stored. */
+/* Chunks of eight neighbouring channels, each held by one lane: loaded, turned, rounded to the nearest. A head is a row of
+ * chunks in neighbouring lanes, and comes through shared memory, where partners in RoPE are looked up; packing by nearest rounding and preparing queries share this.
+ *
+ * Operations are FORMAT.md's, each rounded on its own. Instructions a value: loading 1, RoPE about 8, maxima 1, rounding
+ * and putting mantissas together 5.
+ */
 #ifndef KSORT_PACK_CHUNKS_CUH
 #define KSORT_PACK_CHUNKS_CUH
 
-#include "pack_strip.cuh"
+#include <cuda_pipeline.h>
 
-/* RoPE of one channel in a word: bits 0 to 14 the partner, 16 to 31 the frequency, bit 15 whether the partner is
- * subtracted. A channel that is not turned is turned with itself by the angle `no_turn`, (1, 0): which gives itself. */
-__device__ inline uint32_t packed_turn(const ksort_rope &rope, size_t at, uint32_t channel, uint32_t no_turn)
+#include "encode.cuh"
+
+constexpr int CHUNK = 8; /* channels */
+
+/* Lanes of a head: those past its last chunk hold zeros. */
+template <int HEAD_DIM>
+constexpr int CHUNK_LANES = HEAD_DIM <= 64 ? 8 : HEAD_DIM <= 128 ? 16 : WARP;
+
+template <uint32_t X_TYPE>
+constexpr uint32_t ELEMENT_BYTES = X_TYPE == KSORT_F32 ? 4 : 2;
+
+/* Bytes of a head in shared memory: 16 more than it has, so that neighbouring heads begin in different banks. */
+template <int HEAD_DIM, uint32_t X_TYPE>
+constexpr uint32_t ROW_STRIDE = HEAD_DIM * ELEMENT_BYTES<X_TYPE> + 16;
+
+/* Asks for chunk `chunk` of a head that begins at element `at` of x, into its row of shared memory. */
+template <uint32_t X_TYPE>
+__device__ inline void request_chunk(const void *x, size_t at, uint32_t chunk, uint8_t *row)
 {
-    const int sign = rope.sign[at];
-    return sign == 0 ? channel | no_turn << 16
-                     : rope.partner[at] | (uint32_t)rope.frequency[at] << 16 | (sign < 0 ? 1u << 15 : 0u);
+    constexpr uint32_t BYTES = CHUNK * ELEMENT_BYTES<X_TYPE>;
+    const uint8_t *from = static_cast<const uint8_t *>(x) + at * ELEMENT_BYTES<X_TYPE> + chunk * BYTES;
+#pragma unroll
+    for (uint32_t i = 0; i < BYTES; i += 16)
+        __pipeline_memcpy_async(row + chunk * BYTES + i, from + i, 16);
 }
 
-/* The eight elements of x from `at`, which is a multiple of eight. */
-__device__ inline void load_chunk(const void *x, uint32_t type, size_t at, float (&y)[CHUNK])
+/* The values of a row's chunk. */
+template <uint32_t X_TYPE>
+__device__ inline void load_chunk(const uint8_t *row, uint32_t chunk, float (&y)[CHUNK])
 {
-    if (type == KSORT_F32) {
-        const float4 *from = reinterpret_cast<const float4 *>(static_cast<const float *>(x) + at);
-        float4 low = from[0], high = from[1];
-        y[0] = low.x, y[1] = low.y, y[2] = low.z, y[3] = low.w;
-        y[4] = high.x, y[5] = high.y, y[6] = high.z, y[7] = high.w;
-        return;
-    }
-    uint4 raw = *reinterpret_cast<const uint4 *>(static_cast<const uint16_t *>(x) + at);
-    const uint32_t pairs[4] = {raw.x, raw.y, raw.z, raw.w};
+    constexpr uint32_t PARTS = CHUNK * ELEMENT_BYTES<X_TYPE> / 16;
+    const uint4 *parts = reinterpret_cast<const uint4 *>(row) + chunk * PARTS;
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-        if (type == KSORT_F16) {
-            y[2 * i] = __half2float(__ushort_as_half((uint16_t)pairs[i]));
-            y[2 * i + 1] = __half2float(__ushort_as_half((uint16_t)(pairs[i] >> 16)));
-        } else {
-            y[2 * i] = bits_float(pairs[i] << 16);
-            y[2 * i + 1] = bits_float(pairs[i] & 0xFFFF0000u);
+    for (uint32_t i = 0; i < PARTS; i++) {
+        const uint4 part = parts[i];
+        const uint32_t words[4] = {part.x, part.y, part.z, part.w};
+#pragma unroll
+        for (uint32_t j = 0; j < 4; j++) {
+            if (X_TYPE == KSORT_F32) {
+                y[4 * i + j] = bits_float(words[j]);
+            } else if (X_TYPE == KSORT_F16) {
+                y[2 * j] = __half2float(__ushort_as_half((uint16_t)words[j]));
+                y[2 * j + 1] = __half2float(__ushort_as_half((uint16_t)(words[j] >> 16)));
+            } else {
+                y[2 * j] = bits_float(words[j] << 16);
+                y[2 * j + 1] = bits_float(words[j] & 0xFFFF0000u);
+            }
         }
     }
 }
 
-/* RoPE of channels first .. first + 7 of a row of x; angle(f) is cos and sin of frequency f. */
-template <uint32_t X_TYPE, class Angle>
-__device__ inline void rope_chunk(const uint8_t *row, const uint32_t *turns, uint32_t first, Angle angle,
-                                  float (&y)[CHUNK])
+/* RoPE of a chunk's channels. One that is not turned has itself for a partner, and the angle of `no_turn`. */
+struct chunk_turns {
+    uint32_t partner[CHUNK];   /* bytes from the start of the head's row in shared memory */
+    uint32_t frequency[CHUNK];
+    uint32_t sign[CHUNK];      /* of the partner: a float's sign bit */
+};
+
+/* at: of the chunk's first channel `channel` in tables [n_kv_heads][head_dim]. */
+__device__ inline void load_turns_of_chunk(const ksort_rope &rope, size_t at, uint32_t channel, uint32_t element_bytes,
+                                           uint32_t no_turn, struct chunk_turns &turns)
 {
-    const uint4 *from = reinterpret_cast<const uint4 *>(turns + first);
-    const uint4 low = from[0], high = from[1];
-    const uint32_t words[CHUNK] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
 #pragma unroll
     for (int j = 0; j < CHUNK; j++) {
-        const float partner = load_float(row, X_TYPE, words[j] & 0x7FFFu);
-        const float turned = bits_float(float_bits(partner) ^ (words[j] << 16 & 1u << 31));
-        const float2 at = angle(words[j] >> 16);
-        y[j] = __fadd_rn(__fmul_rn(y[j], at.x), __fmul_rn(turned, at.y));
+        const int sign = rope.sign[at + j];
+        const uint32_t partner = rope.partner[at + j], frequency = rope.frequency[at + j];
+        turns.partner[j] = (sign ? partner : channel + j) * element_bytes;
+        turns.frequency[j] = sign ? frequency : no_turn;
+        turns.sign[j] = sign < 0 ? 1u << 31 : 0;
+    }
+}
+
+/* y becomes y * cos + (sign * partner) * sin; angle(j) is cos, and sin with the sign, of channel j of the chunk. */
+template <uint32_t X_TYPE, class Angle>
+__device__ inline void rope_chunk(const uint8_t *row, const uint32_t (&partners)[CHUNK], Angle angle, float (&y)[CHUNK])
+{
+#pragma unroll
+    for (int j = 0; j < CHUNK; j++) {
+        const float partner = load_float(row + partners[j], X_TYPE, 0);
+        const float2 turn = angle(j);
+        y[j] = __fadd_rn(__fmul_rn(y[j], turn.x), __fmul_rn(partner, turn.y));
+    }
+}
+
+/* The chunk's largest magnitude as float bits; beyond infinity's where it holds NaN. */
+__device__ inline uint32_t magnitude_of_chunk(const float (&y)[CHUNK])
+{
+    float largest = larger_magnitude(y[0], y[1]);
+#pragma unroll
+    for (int j = 2; j < CHUNK; j++)
+        largest = larger_magnitude(largest, y[j]);
+    return float_bits(largest);
+}
+
+/* The largest of a block's lanes, a power of two of them. */
+__device__ inline uint32_t largest_of_block(uint32_t magnitude, uint32_t lanes)
+{
+    for (uint32_t apart = 1; apart < lanes; apart *= 2)
+        magnitude = max(magnitude, __shfl_xor_sync(ALL_LANES, magnitude, apart));
+    return magnitude;
+}
+
+/* The lanes of the head that this lane's chunk belongs to. */
+template <int HEAD_DIM>
+__device__ inline uint32_t lanes_of_head()
+{
+    constexpr int LANES = CHUNK_LANES<HEAD_DIM>;
+    return ALL_LANES >> (WARP - LANES) << lane_of_thread() / LANES * LANES;
+}
+
+/* Rounds a chunk to units of its block's step, in the low bytes of the result as UNITS has it. A block without an exponent
+ * (zeros and subnormals) has zeros. `limit`: the largest mantissa; 0 makes zeros of anything.
+ *
+ * Multiplying by 1 / step, a power of two, and adding UNITS is one operation with one rounding: what it gives differs from
+ * two roundings only where the product is below float32's normal range, which is 0 both ways. 1 / step is beyond float32
+ * for the smallest exponents: such blocks are first brought up. */
+__device__ inline void round_chunk(uint32_t exponent, uint32_t mantissa_bits, int32_t limit, float (&y)[CHUNK],
+                                   uint32_t (&mantissas)[CHUNK])
+{
+    constexpr uint32_t RAISE = 16; /* exponents */
+    const bool is_tiny = exponent > 0 && exponent < RAISE / 2;
+    if (__any_sync(ALL_LANES, is_tiny)) {
+        const float raise = is_tiny ? (float)(1 << RAISE) : 1.0f;
+        exponent += is_tiny ? RAISE : 0;
+#pragma unroll
+        for (int j = 0; j < CHUNK; j++)
+            y[j] = __fmul_rn(y[j], raise);
+    }
+    /* step_inverse_of's power, and the bias */
+    const float inverse = exponent == 0 ? 0.0f : bits_float((mantissa_bits - 2 + 127 - exponent + 127) << 23);
+    const int32_t zero = (int32_t)float_bits(UNITS);
+#pragma unroll
+    for (int j = 0; j < CHUNK; j++) {
+        const int32_t rounded = (int32_t)float_bits(__fmaf_rn(y[j], inverse, UNITS));
+        mantissas[j] = (uint32_t)min(max(rounded, zero - limit), zero + limit);
     }
 }
 
 /* Four mantissas, in their bytes. */
-__device__ inline uint32_t quad_of(const uint32_t (&mantissas)[4])
+__device__ inline uint32_t quad_of(uint32_t m0, uint32_t m1, uint32_t m2, uint32_t m3)
 {
-    uint32_t low = __byte_perm(mantissas[0], mantissas[1], 0x0040);
-    uint32_t high = __byte_perm(mantissas[2], mantissas[3], 0x0040);
-    return __byte_perm(low, high, 0x5410);
+    return __byte_perm(__byte_perm(m0, m1, 0x0040), __byte_perm(m2, m3, 0x0040), 0x5410);
 }
 
-/* A chunk of a float row. */
-__device__ inline void store_float_chunk(uint8_t *row, uint32_t type, uint32_t chunk, const float (&y)[CHUNK])
+__device__ inline uint32_t bf16_pair(float low, float high)
+{
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    return __bfloat16_as_ushort(pair.x) | (uint32_t)__bfloat16_as_ushort(pair.y) << 16;
+}
+
+__device__ inline uint32_t f16_pair(float low, float high)
+{
+    const __half2 pair = __floats2half2_rn(low, high);
+    return __half_as_ushort(pair.x) | (uint32_t)__half_as_ushort(pair.y) << 16;
+}
+
+/* A chunk of a row of f16 or bf16. */
+__device__ inline void store_float_chunk(void *row, uint32_t type, uint32_t chunk, const float (&y)[CHUNK])
 {
     uint32_t pairs[4];
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-        uint32_t low, high;
-        if (type == KSORT_F16) {
-            low = __half_as_ushort(__float2half_rn(y[2 * i]));
-            high = __half_as_ushort(__float2half_rn(y[2 * i + 1]));
-        } else {
-            low = __bfloat16_as_ushort(__float2bfloat16_rn(y[2 * i]));
-            high = __bfloat16_as_ushort(__float2bfloat16_rn(y[2 * i + 1]));
-        }
-        pairs[i] = low | high << 16;
-    }
-    reinterpret_cast<uint4 *>(row)[chunk] = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+    for (int i = 0; i < 4; i++)
+        pairs[i] = type == KSORT_F16 ? f16_pair(y[2 * i], y[2 * i + 1]) : bf16_pair(y[2 * i], y[2 * i + 1]);
+    static_cast<uint4 *>(row)[chunk] = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
 }
 
 #endif /* KSORT_PACK_CHUNKS_CUH */

@@ -1,114 +1,108 @@
-/* Nearest rounding of a strip: a thread holds UNIT channels of one token, for BFP so that the lanes of half a warp are
- * the strip's 16 tokens: their words and exponents are neighbours in the tile, and what the channels of a block share,
- * partners in RoPE and frequencies, is the same for all lanes.
+/* Nearest rounding of a strip of a few heads: a lane holds a chunk of channels of TOKENS neighbouring tokens, which share
+ * partners and frequencies, and whose words are 16 neighbouring bytes of the tile. A team of threads is a head's strip:
  *
- *     x of the strip's tokens, HEADS heads   --cp.async--> rows [head][16][head_dim]   all asked for at once
- *     cos, sin of the strip's positions      --cp.async--> angles [16][frequencies]    shared by the heads
- *     partner, sign, frequency of the heads  ------------> turns [head][head_dim]
- *     rounds of HEADS_AT_ONCE heads, a team of threads each: turn, agree on maxima, round, store
+ *     lane = chunk    0 1 2 ...            x --cp.async--> rows [head][16][head_dim]             all asked for at once
+ *     tokens  0..3    t t t ...            cos, sin of the strip's positions --cp.async--> angles   shared by the teams
+ *             4..7    t t t ...            token after token: turn, agree on maxima, round
+ *             8..11   t t t ...            words and exponents of four tokens --16- and 4-byte stores--> tile
+ *            12..15   t t t ...
  */
 #ifndef KSORT_PACK_NEAREST_CUH
 #define KSORT_PACK_NEAREST_CUH
 
-#include <cuda_pipeline.h>
-
 #include "pack_chunks.cuh"
+#include "pack_strip.cuh"
 
-constexpr int UNIT = 16;         /* channels of a thread: two chunks; no block has fewer */
-constexpr int HEADS_AT_ONCE = 2; /* teams of a thread block */
+constexpr int TOKENS = 4; /* of a lane */
 
 template <int HEAD_DIM>
 struct nearest_shape {
-    static constexpr int TEAM = strip_shape<HEAD_DIM>::THREADS / HEADS_AT_ONCE;
-    static constexpr int UNITS = HEAD_DIM / UNIT;
-    static constexpr int HEADS = HEAD_DIM <= 128 ? 8 : 4; /* of a thread block, at most */
-    static_assert(UNITS * STRIP_TOKENS <= TEAM, "a thread a unit");
+    static constexpr int LANES = CHUNK_LANES<HEAD_DIM>;
+    static constexpr int TEAM = STRIP_TOKENS / TOKENS * LANES;
+    static constexpr int HEADS = strip_shape<HEAD_DIM>::THREADS / TEAM; /* of a thread block */
+    /* Angles of a token: one unused after every eight, so that lanes whose frequencies are eight apart meet different
+     * banks; the last is of no turn. */
+    static constexpr int NO_TURN = HEAD_DIM / 2 + HEAD_DIM / 16;
+    static constexpr int ANGLES = NO_TURN + 1;
 };
 
-/* Rows of x follow it, see row_stride_of. */
+/* Rows of x follow it: [HEADS][STRIP_TOKENS] of ROW_STRIDE bytes. */
 template <int HEAD_DIM>
 struct nearest_smem {
-    /* cos and sin; the last is of no turn. Rows of odd length: the same frequency of 16 tokens fills all banks. */
-    float2 angles[STRIP_TOKENS][HEAD_DIM / 2 + 1];
-    alignas(16) uint32_t turns[nearest_shape<HEAD_DIM>::HEADS][HEAD_DIM]; /* see packed_turn */
-    uint32_t maxima[HEADS_AT_ONCE][nearest_shape<HEAD_DIM>::UNITS][STRIP_TOKENS];
-    alignas(16) bool is_refused[nearest_shape<HEAD_DIM>::HEADS][STRIP_TOKENS];
+    alignas(16) float2 angles[STRIP_TOKENS][nearest_shape<HEAD_DIM>::ANGLES]; /* cos and sin */
 };
 
-__host__ __device__ constexpr uint32_t element_bytes_of(uint32_t x_type)
-{
-    return x_type == KSORT_F32 ? 4 : 2;
-}
-
-/* Bytes from one token's row of x to the next: 16 more than it has, so that chunks of eight tokens fill all banks. */
-template <int HEAD_DIM>
-__host__ __device__ constexpr uint32_t row_stride_of(uint32_t x_type)
-{
-    return HEAD_DIM * element_bytes_of(x_type) + 16;
-}
-
-template <int HEAD_DIM>
-constexpr size_t nearest_smem_bytes(uint32_t x_type, uint32_t heads_a_block)
-{
-    return sizeof(nearest_smem<HEAD_DIM>) + (size_t)heads_a_block * STRIP_TOKENS * row_stride_of<HEAD_DIM>(x_type);
-}
-
-/* A thread's part of every head that its team takes: two chunks, from channels first[0] and first[1], of the strip's
- * token s. */
-struct nearest_part {
-    uint32_t s, unit;
-    uint32_t first[2];
-    bool wanted;
-};
-
-/* The strip's heads first_head .. end_head - 1 of a thread block, in rounds. */
 template <int HEAD_DIM, uint32_t X_TYPE>
+constexpr size_t nearest_smem_bytes()
+{
+    return sizeof(nearest_smem<HEAD_DIM>) +
+           (size_t)nearest_shape<HEAD_DIM>::HEADS * STRIP_TOKENS * ROW_STRIDE<HEAD_DIM, X_TYPE>;
+}
+
+__device__ inline uint32_t angle_index(uint32_t frequency)
+{
+    return frequency + frequency / 8;
+}
+
+/* What a lane's chunk of TOKENS tokens has become. */
+struct rounded_chunk {
+    uint32_t words[2][TOKENS]; /* as store_words has them */
+    uint32_t exponents;        /* a byte a token */
+    uint32_t stored;           /* a bit a token */
+};
+
+/* to[t] = words[t] of the tokens that are stored; `to` is aligned to 16 bytes. */
+__device__ inline void store_tokens(uint32_t *to, const uint32_t (&words)[TOKENS], uint32_t stored)
+{
+    if (stored == (1 << TOKENS) - 1) {
+        *reinterpret_cast<uint4 *>(to) = make_uint4(words[0], words[1], words[2], words[3]);
+        return;
+    }
+#pragma unroll
+    for (int t = 0; t < TOKENS; t++)
+        if (stored >> t & 1)
+            to[t] = words[t];
+}
+
+constexpr uint32_t NO_FREQUENCY = 0xFFFFFFFFu;
+
+/* A lane's share of a head's strip. STAGED: angles come through shared memory, HEAD_DIM / 2 of them at most. */
+template <int HEAD_DIM, uint32_t X_TYPE, bool STAGED>
 struct nearest_packer {
     using shape = nearest_shape<HEAD_DIM>;
-    static constexpr uint32_t ROW_STRIDE = row_stride_of<HEAD_DIM>(X_TYPE);
-    static constexpr uint32_t LANES = strip_shape<HEAD_DIM>::LANES;
+    static constexpr uint32_t STRIDE = ROW_STRIDE<HEAD_DIM, X_TYPE>;
 
     const pack_work &work;
     const pack_side &side;
     const strip_place &strip; /* its tile is that of KV head 0 */
     nearest_smem<HEAD_DIM> &smem;
-    uint8_t *rows;
-    uint32_t first_head, end_head;
+    uint8_t *rows; /* of the lane's tokens */
+    uint32_t head, chunk, first; /* first: of the lane's tokens, in the strip */
 
-    __device__ bool has_staged_angles() const
+    __device__ bool exists() const
     {
-        return work.rope.n_frequencies <= HEAD_DIM / 2;
+        return head < work.n_kv_heads && chunk * CHUNK < HEAD_DIM;
     }
 
-    __device__ uint8_t *row_of(uint32_t head_of_block, uint32_t s) const
+    /* A bit for each of the lane's tokens that is to be packed; positions without RoPE rows are told. */
+    __device__ uint32_t wanted_tokens() const
     {
-        return rows + (head_of_block * STRIP_TOKENS + s) * ROW_STRIDE;
-    }
-
-    /* Asks for one round's rows of x: LANES threads a token. */
-    __device__ void request_rows(uint32_t round) const
-    {
-        constexpr uint32_t ELEMENT = element_bytes_of(X_TYPE), CHUNKS = HEAD_DIM * ELEMENT / 16; /* of 16 bytes */
-        const uint32_t s = threadIdx.x / LANES, of_block = round * HEADS_AT_ONCE;
-        if (strip.is_new(s)) {
-            const uint8_t *x = static_cast<const uint8_t *>(side.x) +
-                               head_at<HEAD_DIM>(work, strip, first_head + of_block, s) * ELEMENT;
-            uint8_t *row = row_of(of_block, s);
+        const uint32_t n_positions = work.rope.partner ? work.tokens.n_positions : UINT32_MAX;
+        uint32_t is_new = 0, has_position = 0;
 #pragma unroll
-            for (uint32_t h = 0; h < HEADS_AT_ONCE; h++)
-#pragma unroll
-                for (uint32_t at = 0; at < CHUNKS; at += LANES) {
-                    const uint32_t chunk = at + threadIdx.x % LANES;
-                    if (chunk < CHUNKS && first_head + of_block + h < end_head)
-                        __pipeline_memcpy_async(row + h * STRIP_TOKENS * ROW_STRIDE + chunk * 16,
-                                                x + h * HEAD_DIM * ELEMENT + chunk * 16, 16);
-                }
+        for (int t = 0; t < TOKENS; t++) {
+            is_new |= exists() && strip.is_new(first + t) ? 1 << t : 0;
+            has_position |= strip.first_slot + first + t < n_positions ? 1 << t : 0;
         }
+        if (is_new & ~has_position)
+            tell(work.tokens, KSORT_ERR_ROPE);
+        return is_new & has_position;
     }
 
     /* Asks for cos and sin of the strip's new positions that have them. */
     __device__ void request_angles() const
     {
+        constexpr uint32_t LANES = strip_shape<HEAD_DIM>::LANES; /* a token */
         const uint32_t s = threadIdx.x / LANES, lane = threadIdx.x % LANES, n = work.rope.n_frequencies;
         if (!strip.is_new(s) || strip.first_slot + s >= work.tokens.n_positions)
             return;
@@ -117,172 +111,168 @@ struct nearest_packer {
 #pragma unroll
         for (uint32_t at = 0; at < HEAD_DIM / 2; at += LANES)
             if (at + lane < n) {
-                __pipeline_memcpy_async(&smem.angles[s][at + lane].x, &cosines[at + lane], sizeof(float));
-                __pipeline_memcpy_async(&smem.angles[s][at + lane].y, &sines[at + lane], sizeof(float));
+                float2 &angle = smem.angles[s][angle_index(at + lane)];
+                __pipeline_memcpy_async(&angle.x, &cosines[at + lane], sizeof(float));
+                __pipeline_memcpy_async(&angle.y, &sines[at + lane], sizeof(float));
             }
         if (lane == 0)
-            smem.angles[s][HEAD_DIM / 2] = make_float2(1.0f, 0.0f);
+            smem.angles[s][shape::NO_TURN] = make_float2(1.0f, 0.0f);
     }
 
-    __device__ void load_turns() const
+    /* Frequencies become places of staged angles. */
+    __device__ void load_turns(chunk_turns &turns) const
     {
-        const uint32_t no_turn = has_staged_angles() ? HEAD_DIM / 2 : work.rope.n_frequencies;
+        load_turns_of_chunk(work.rope, (size_t)head * HEAD_DIM + chunk * CHUNK, chunk * CHUNK, ELEMENT_BYTES<X_TYPE>,
+                            NO_FREQUENCY, turns);
 #pragma unroll
-        for (uint32_t at = 0; at < shape::HEADS * HEAD_DIM; at += strip_shape<HEAD_DIM>::THREADS) {
-            const uint32_t c = at + threadIdx.x;
-            if (c < (end_head - first_head) * HEAD_DIM)
-                smem.turns[0][c] = packed_turn(work.rope, (size_t)first_head * HEAD_DIM + c, c % HEAD_DIM, no_turn);
+        for (int j = 0; j < CHUNK; j++)
+            if (STAGED)
+                turns.frequency[j] =
+                    turns.frequency[j] == NO_FREQUENCY ? shape::NO_TURN : angle_index(turns.frequency[j]);
+    }
+
+    /* cos, and sin with the partner's sign, of channel j of the chunk for the lane's t-th token. */
+    __device__ float2 angle_of(int t, int j, const chunk_turns &turns) const
+    {
+        const uint32_t f = turns.frequency[j];
+        float2 angle = make_float2(1.0f, 0.0f);
+        if constexpr (STAGED) {
+            angle = smem.angles[first + t][f];
+        } else if (f != NO_FREQUENCY) {
+            const size_t row = (size_t)(strip.first_slot + first + t) * work.rope.n_frequencies;
+            angle = make_float2(work.rope.cos[row + f], work.rope.sin[row + f]);
+        }
+        angle.y = bits_float(float_bits(angle.y) ^ turns.sign[j]);
+        return angle;
+    }
+
+    /* Tells why heads are refused, a bit a token: for x itself, or for what RoPE or the type makes of it. */
+    __device__ void tell_refusals(uint32_t refused) const
+    {
+        for (; refused; refused &= refused - 1) {
+            const size_t at = head_at<HEAD_DIM>(work, strip, head, first + __ffs(refused) - 1);
+            bool finite = true;
+#pragma unroll 1
+            for (uint32_t c = 0; c < HEAD_DIM; c++)
+                finite = finite && magnitude_bits(load_float(side.x, X_TYPE, at + c)) < FLOAT_MAGNITUDE_INF;
+            tell(work.tokens, finite ? KSORT_ERR_RANGE : KSORT_ERR_NON_FINITE);
         }
     }
 
-    /* Threads beside each other: tokens of a strip's words, or chunks of a float row. */
-    __device__ nearest_part part_of_thread() const
+    /* Rounds a BFP chunk of the lane's t-th token. */
+    __device__ void round(int t, uint32_t magnitude, float (&y)[CHUNK], rounded_chunk &rounded) const
     {
-        const bool bfp = is_bfp(side.cache.layout.type);
-        const uint32_t i = threadIdx.x % shape::TEAM;
-        const uint32_t s = bfp ? i % STRIP_TOKENS : i / shape::UNITS % STRIP_TOKENS;
-        const uint32_t unit = bfp ? i / STRIP_TOKENS : i % shape::UNITS;
-        return {s, unit,
-                {bfp ? unit * UNIT : unit * CHUNK, bfp ? unit * UNIT + CHUNK : (unit + shape::UNITS) * CHUNK},
-                i < STRIP_TOKENS * shape::UNITS && is_wanted(work, strip, s)};
-    }
-
-    /* A thread's channels of its token, from rows and turned. */
-    __device__ void load_values(uint32_t of_block, const nearest_part &part, float (&y)[2][CHUNK]) const
-    {
-        const uint8_t *row = row_of(of_block, part.s);
-        const uint32_t *turns = smem.turns[of_block], no_turn = work.rope.n_frequencies;
-        const float2 *angles = smem.angles[part.s];
-        const size_t table_row = (size_t)(strip.first_slot + part.s) * work.rope.n_frequencies;
-        const float *cosines = work.rope.cos + table_row, *sines = work.rope.sin + table_row;
-        const auto staged_angle = [=](uint32_t f) { return angles[f]; };
-        const auto table_angle = [=](uint32_t f) {
-            return f == no_turn ? make_float2(1.0f, 0.0f) : make_float2(cosines[f], sines[f]);
-        };
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            load_chunk(row, X_TYPE, part.first[i], y[i]);
-            if (side.has_rope && has_staged_angles())
-                rope_chunk<X_TYPE>(row, turns, part.first[i], staged_angle, y[i]);
-            else if (side.has_rope)
-                rope_chunk<X_TYPE>(row, turns, part.first[i], table_angle, y[i]);
+        const uint32_t bits = side.cache.layout.mantissa_bits;
+        const uint32_t exponent = largest_of_block(magnitude, side.cache.layout.block_size / CHUNK) >> 23;
+        uint32_t m[CHUNK];
+        round_chunk(exponent, bits, (1 << (bits - 1)) - 1, y, m);
+        const uint32_t low = quad_of(m[0], m[1], m[2], m[3]), high = quad_of(m[4], m[5], m[6], m[7]);
+        rounded.exponents |= (exponent & 0xFF) << 8 * t;
+        rounded.words[0][t] = bits == 8 ? low : nibbles(low, high);
+        rounded.words[1][t] = bits == 8 ? high : 0;
+        if (bits == 6) { /* two lanes' upper bits share a word */
+            uint32_t upper = (low >> 4 & 0x03030303u) | (high >> 4 & 0x03030303u) << 2;
+            rounded.words[1][t] = upper | __shfl_xor_sync(ALL_LANES, upper, 1) << 4; /* of even lanes */
         }
     }
 
-    /* Tells why a head is refused: x itself, or what RoPE or the type makes of it. */
-    __device__ void tell_refusal(const uint8_t *row) const
-    {
-        bool finite = true;
-        for (uint32_t c = 0; c < HEAD_DIM; c++)
-            finite = finite && magnitude_bits(load_float(row, X_TYPE, c)) < FLOAT_MAGNITUDE_INF;
-        tell(work.tokens, finite ? KSORT_ERR_RANGE : KSORT_ERR_NON_FINITE);
-    }
-
-    /* Rounds and stores a thread's unit of a BFP head. */
-    __device__ void store_unit(uint8_t *tile, uint32_t s, uint32_t unit,
-                               const uint32_t (&maxima)[nearest_shape<HEAD_DIM>::UNITS][STRIP_TOKENS],
-                               const float (&y)[2][CHUNK]) const
+    /* Stores a lane's words and exponents: BFP12 has a word a chunk, BFP16 two, BFP14 three words two chunks. */
+    __device__ void store_words(uint8_t *tile, const rounded_chunk &rounded) const
     {
         const head_layout &layout = side.cache.layout;
-        /* The block's units differ in the lower bits of their numbers; head_dim 80 and 96 may end within a block. */
-        const uint32_t in_block = layout.block_size / UNIT - 1;
-        uint32_t largest = 0;
-#pragma unroll 1
-        for (uint32_t u = unit & ~in_block; u <= min(unit | in_block, (uint32_t)shape::UNITS - 1); u++)
-            largest = max(largest, maxima[u][s]);
-        const uint32_t exponent = largest >> 23;
-        const struct step_inverse inverse = step_inverse_of(exponent, layout.mantissa_bits);
-        const float limit = exponent == 0 ? 0.0f : (float)((1 << (layout.mantissa_bits - 1)) - 1);
-        uint32_t quads[4];
-#pragma unroll
-        for (int q = 0; q < 4; q++) {
-            uint32_t mantissas[4];
-#pragma unroll
-            for (int j = 0; j < 4; j++)
-                mantissas[j] = mantissa_bits_of(units_of_step(y[q / 2][q % 2 * 4 + j], inverse), -limit, limit);
-            quads[q] = quad_of(mantissas);
-        }
-        store_quads(layout, tile, strip.first_token + s, unit, quads);
-        if ((unit & in_block) == 0) {
-            const uint32_t block = unit >> (__ffs(in_block + 1) - 1);
-            tile[exponent_offset(&layout, block, strip.first_token + s)] = (uint8_t)exponent;
-        }
-    }
-
-    /* One round: a head of each team. */
-    __device__ void pack_round(uint32_t round, const nearest_part &part) const
-    {
-        const uint32_t team = threadIdx.x / shape::TEAM, s = part.s, unit = part.unit;
-        const uint32_t of_block = round * HEADS_AT_ONCE + team, head = first_head + of_block;
-        const bool wanted = part.wanted && head < end_head;
-        float y[2][CHUNK];
-        if (wanted) {
-            load_values(of_block, part, y);
-            float largest = 0.0f;
-#pragma unroll
-            for (int j = 0; j < CHUNK; j++)
-                largest = larger_magnitude(larger_magnitude(largest, y[0][j]), y[1][j]);
-            smem.maxima[team][unit][s] = float_bits(largest);
-            if (float_bits(largest) > largest_storable(side))
-                smem.is_refused[of_block][s] = true;
-        }
-        __syncthreads();
-        if (!wanted)
+        const uint32_t token = strip.first_token + first, bits = layout.mantissa_bits;
+        const uint32_t word = bits == 4 ? chunk : bits == 8 ? 2 * chunk : chunk / 2 * 3 + chunk % 2;
+        uint32_t *to = reinterpret_cast<uint32_t *>(tile + word_offset(&layout, word, token));
+        store_tokens(to, rounded.words[0], rounded.stored);
+        if (bits == 8)
+            store_tokens(to + STRIP_TOKENS, rounded.words[1], rounded.stored);
+        if (bits == 6 && chunk % 2 == 0)
+            store_tokens(to + 2 * STRIP_TOKENS, rounded.words[1], rounded.stored);
+        const uint32_t lanes_a_block = layout.block_size / CHUNK; /* a power of two, unknown to the compiler */
+        if (chunk & (lanes_a_block - 1))
             return;
-        if (smem.is_refused[of_block][s]) {
-            if (unit == 0)
-                tell_refusal(row_of(of_block, s));
+        uint8_t *exponents = tile + exponent_offset(&layout, chunk >> (__ffs(lanes_a_block) - 1), token);
+        if (rounded.stored == (1 << TOKENS) - 1) {
+            *reinterpret_cast<uint32_t *>(exponents) = rounded.exponents;
             return;
         }
-        uint8_t *tile = strip.tile + (size_t)head * side.cache.pages.head_stride;
-        if (is_bfp(side.cache.layout.type)) {
-            store_unit(tile, s, unit, smem.maxima[team], y);
-        } else {
-            uint8_t *row = tile + row_offset(&side.cache.layout, strip.first_token + s);
-            store_float_chunk(row, side.cache.layout.type, unit, y[0]);
-            store_float_chunk(row, side.cache.layout.type, unit + shape::UNITS, y[1]);
-        }
+#pragma unroll
+        for (int t = 0; t < TOKENS; t++)
+            if (rounded.stored >> t & 1)
+                exponents[t] = (uint8_t)(rounded.exponents >> 8 * t);
     }
 
+    /* All threads of the block. */
     __device__ void pack() const
     {
-        for (uint32_t i = threadIdx.x; i < shape::HEADS * STRIP_TOKENS; i += strip_shape<HEAD_DIM>::THREADS)
-            smem.is_refused[0][i] = false;
-        if (side.has_rope && has_staged_angles())
-            request_angles();
-        const uint32_t n_rounds = (end_head - first_head + HEADS_AT_ONCE - 1) / HEADS_AT_ONCE;
-        request_rows(0);
-        __pipeline_commit();
-        for (uint32_t round = 1; round < n_rounds; round++)
-            request_rows(round);
-        __pipeline_commit();
-        if (side.has_rope)
-            load_turns();
-        const nearest_part part = part_of_thread();
-#pragma unroll 1
-        for (uint32_t round = 0; round < n_rounds; round++) {
-            if (round == 0)
-                __pipeline_wait_prior(1);
-            else
-                __pipeline_wait_prior(0);
-            __syncthreads();
-            pack_round(round, part);
+        const uint32_t wanted = wanted_tokens();
+#pragma unroll
+        for (int t = 0; t < TOKENS; t++)
+            if (wanted >> t & 1)
+                request_chunk<X_TYPE>(side.x, head_at<HEAD_DIM>(work, strip, head, first + t), chunk, rows + t * STRIDE);
+        chunk_turns turns;
+        if (side.has_rope) {
+            if (STAGED)
+                request_angles();
+            if (exists())
+                load_turns(turns);
         }
+        __pipeline_commit();
+        __pipeline_wait_prior(0);
+        if (side.has_rope)
+            __syncthreads(); /* the others have their part */
+        uint8_t *tile = strip.tile + (size_t)head * side.cache.pages.head_stride;
+        const bool bfp = is_bfp(side.cache.layout.type);
+        rounded_chunk rounded;
+        rounded.stored = rounded.exponents = 0;
+#pragma unroll
+        for (int t = 0; t < TOKENS; t++) {
+            float y[CHUNK] = {};
+            if (wanted >> t & 1) {
+                load_chunk<X_TYPE>(rows + t * STRIDE, chunk, y);
+                if (side.has_rope)
+                    rope_chunk<X_TYPE>(
+                        rows + t * STRIDE, turns.partner, [&](int j) { return angle_of(t, j, turns); }, y);
+            }
+            const uint32_t magnitude = magnitude_of_chunk(y);
+            const bool refused =
+                __ballot_sync(ALL_LANES, magnitude > largest_storable(side)) & lanes_of_head<HEAD_DIM>();
+            const bool stored = (wanted >> t & 1) && !refused;
+            rounded.stored |= stored ? 1 << t : 0;
+            if (bfp)
+                round(t, magnitude, y, rounded);
+            else if (stored)
+                store_float_chunk(tile + row_offset(&side.cache.layout, strip.first_token + first + t),
+                                  side.cache.layout.type, chunk, y);
+        }
+        if (bfp && rounded.stored)
+            store_words(tile, rounded);
+        if (wanted != rounded.stored && chunk == 0)
+            tell_refusals(wanted & ~rounded.stored);
     }
 };
 
+/* Whether angles of all frequencies have room in nearest_smem. */
+template <int HEAD_DIM>
+bool may_stage_angles(const ksort_rope &rope)
+{
+    return !rope.partner || rope.n_frequencies <= HEAD_DIM / 2;
+}
+
 /* Rounds the strip of a group of heads by nearest rounding. */
-template <int HEAD_DIM, uint32_t X_TYPE>
+template <int HEAD_DIM, uint32_t X_TYPE, bool STAGED>
 __device__ inline void pack_nearest(const pack_work &work, const pack_side &side, uint32_t strip_index, uint8_t *shared)
 {
-    const uint32_t first_head = blockIdx.y * work.heads_a_block;
+    using shape = nearest_shape<HEAD_DIM>;
+    const uint32_t first_head = blockIdx.y * shape::HEADS;
     strip_place strip;
     if (first_head >= work.n_kv_heads || !find_strip(work, side, strip_index, 0, strip))
         return;
     nearest_smem<HEAD_DIM> &smem = *reinterpret_cast<nearest_smem<HEAD_DIM> *>(shared);
-    const nearest_packer<HEAD_DIM, X_TYPE> packer = {
-        work, side, strip, smem, shared + sizeof smem,
-        first_head, min(first_head + work.heads_a_block, work.n_kv_heads)};
+    const uint32_t team = threadIdx.x / shape::TEAM, first = threadIdx.x % shape::TEAM / shape::LANES * TOKENS;
+    uint8_t *rows = shared + sizeof smem + (team * STRIP_TOKENS + first) * ROW_STRIDE<HEAD_DIM, X_TYPE>;
+    const nearest_packer<HEAD_DIM, X_TYPE, STAGED> packer = {
+        work, side, strip, smem, rows, first_head + team, threadIdx.x % shape::LANES, first};
     packer.pack();
 }
 

@@ -4,7 +4,6 @@
 
 #include "encode.cuh"
 
-constexpr int CHUNK = 8;           /* neighbouring channels that are loaded together */
 constexpr int FEEDBACK_ROWS = 16;  /* that come through shared memory together: half a register's channels */
 constexpr int FEEDBACK_STAGES = 3; /* such panels: one in use, two on their way */
 
@@ -23,7 +22,6 @@ struct pack_work {
     uint32_t n_sides;
     uint32_t n_strips; /* that the tokens of a sequence can touch */
     uint32_t n_kv_heads;
-    uint32_t heads_a_block; /* with nearest rounding */
     ksort_cuda_tokens tokens;
     ksort_rope rope;
     size_t token_stride, sequence_stride; /* of x, elements */
@@ -39,13 +37,13 @@ struct strip_shape {
     static constexpr int REGISTERS = CHANNELS_A_LANE<HEAD_DIM>; /* of a lane for a token of the warp's */
     static constexpr int PADDED_DIM = REGISTERS * WARP;
     static constexpr int QUAD_STRIDE = HEAD_DIM / 4 + 2; /* half is odd: 16 tokens' pairs fill all banks */
-    static constexpr int ROW_STRIDE = HEAD_DIM + 4;      /* floats: tokens begin in different banks, at 16 bytes */
+    static constexpr int FLOATS_A_ROW = HEAD_DIM + 4;    /* tokens begin in different banks, at 16 bytes */
 };
 
 /* Of transformed heads. */
 template <int HEAD_DIM>
 struct pack_smem {
-    alignas(16) float rows[STRIP_TOKENS][strip_shape<HEAD_DIM>::ROW_STRIDE]; /* heads on their way to other lanes */
+    alignas(16) float rows[STRIP_TOKENS][strip_shape<HEAD_DIM>::FLOATS_A_ROW]; /* heads on their way to other lanes */
     alignas(16) uint32_t quads[STRIP_TOKENS][strip_shape<HEAD_DIM>::QUAD_STRIDE];
     uint8_t exponents[MAX_BLOCKS][STRIP_TOKENS];
     bool is_stored[STRIP_TOKENS];
@@ -134,29 +132,6 @@ __device__ inline bool may_store(const pack_work &work, const pack_side &side, b
 __device__ inline uint32_t nibbles(uint32_t low, uint32_t high)
 {
     return (low & 0x0F0F0F0Fu) | (high & 0x0F0F0F0Fu) << 4;
-}
-
-/* Stores channels 16 * unit onwards of a token, four quads, as FORMAT.md, "Tiles", packs them into words. */
-__device__ inline void store_quads(const head_layout &layout, uint8_t *tile, uint32_t token, uint32_t unit,
-                                   const uint32_t (&quads)[4])
-{
-    const uint32_t n_words = layout.mantissa_bits / 2;
-    uint32_t *to = reinterpret_cast<uint32_t *>(tile + word_offset(&layout, unit * n_words, token));
-    if (layout.mantissa_bits == 8) {
-#pragma unroll
-        for (int q = 0; q < 4; q++)
-            to[q * STRIP_TOKENS] = quads[q];
-        return;
-    }
-    to[0] = nibbles(quads[0], quads[1]);
-    to[STRIP_TOKENS] = nibbles(quads[2], quads[3]);
-    if (layout.mantissa_bits == 4)
-        return;
-    uint32_t upper = 0;
-#pragma unroll
-    for (int q = 0; q < 4; q++)
-        upper |= (quads[q] >> 4 & 0x03030303u) << 2 * q;
-    to[2 * STRIP_TOKENS] = upper;
 }
 
 #endif /* KSORT_PACK_STRIP_CUH */

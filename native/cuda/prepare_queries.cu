@@ -1,21 +1,19 @@
-/* Queries as attention multiplies them. A warp takes the rows (query heads of one token) of a KV head one after
- * another: they share all tables, and each is loaded while the one before it is rounded. With few rows: one row.
+/* Queries as attention multiplies them: without a transform as prepare_nearest.cuh has it, else as here. A warp takes the
+ * rows (query heads of one token) of a KV head one after another: they share all tables, and each is loaded while the one
+ * before it is rounded. With few rows: one row.
  *
  *     q [row][head_dim] --RoPE, / scale, rotate, sequence--> x: 32 lanes x HEAD_DIM / 32 registers
  *       --largest of a block--> exponents [row][blocks] u8
  *       --nearest-------------> mantissas [row][query_stride] i8, values [row][head_dim] bf16
  *
- * Bytes moved, a row: head_dim times 2 or 4 in, 3 head_dim + 16 out.
+ * Rows that are told (not finite, or without a position in the RoPE tables) are prepared as zeros, so that attention's
+ * outputs of them are finite. Bytes moved, a row: head_dim times 2 or 4 in, 3 head_dim + 16 out.
  */
-#include "dependent_launch.cuh"
-#include "encode.cuh"
-#include "phases.cuh"
+#include "prepare_nearest.cuh"
 
 namespace {
 
 constexpr int WARPS = 8; /* of a thread block */
-
-constexpr uint32_t FEW_ROWS = 8192; /* fewer don't fill a device with more than one row a warp */
 
 template <int HEAD_DIM>
 __device__ inline void load_query(const attend_job &job, size_t at, float (&x)[CHANNELS_A_LANE<HEAD_DIM>])
@@ -92,13 +90,10 @@ __global__ void __launch_bounds__(WARPS *WARP)
     if (token >= n_new_of(job.tokens, sequence))
         return;
     const uint32_t position = (uint32_t)job.tokens.n_cached[sequence] + token;
-    if (job.rope.partner && position >= job.tokens.n_positions) {
-        if (lane_of_thread() == 0)
-            tell(job.tokens, KSORT_ERR_ROPE);
-        return;
-    }
+    const bool has_position = !job.rope.partner || position < job.tokens.n_positions;
     head_angles<HEAD_DIM> angles;
-    load_angles<HEAD_DIM>(job.rope, position, turns, angles);
+    if (has_position)
+        load_angles<HEAD_DIM>(job.rope, position, turns, angles);
     const size_t first_row = ((size_t)sequence * job.tokens.n_tokens + token) * job.n_heads + first_head;
     for (uint32_t r = 0; r < rows_a_warp; r++) {
         float x[CHANNELS_A_LANE<HEAD_DIM>];
@@ -107,21 +102,30 @@ __global__ void __launch_bounds__(WARPS *WARP)
             x[i] = q[i];
         if (r + 1 < rows_a_warp)
             load_query<HEAD_DIM>(job, first_q + (size_t)(r + 1) * HEAD_DIM, q);
-        rope_head<HEAD_DIM>(job.rope, turns, angles, scratch, x);
-        transform_query<HEAD_DIM>(job.k_transform, entries, scratch, x);
+        if (has_position) {
+            rope_head<HEAD_DIM>(job.rope, turns, angles, scratch, x);
+            transform_query<HEAD_DIM>(job.k_transform, entries, scratch, x);
+        }
         /* What was not finite has stayed so. */
-        if (is_finite<HEAD_DIM>(x))
-            store_rounded<HEAD_DIM>(job, first_row + r, x);
-        else if (lane_of_thread() == 0)
-            tell(job.tokens, KSORT_ERR_NON_FINITE);
+        if (!has_position || !is_finite<HEAD_DIM>(x)) {
+            if (lane_of_thread() == 0)
+                tell(job.tokens, has_position ? KSORT_ERR_NON_FINITE : KSORT_ERR_ROPE);
+#pragma unroll
+            for (int i = 0; i < CHANNELS_A_LANE<HEAD_DIM>; i++)
+                x[i] = 0.0f;
+        }
+        store_rounded<HEAD_DIM>(job, first_row + r, x);
     }
 }
 
 template <int HEAD_DIM>
 cudaError_t launch(const attend_job &job, cudaStream_t stream)
 {
+    const ksort_transform &transform = job.k_transform;
+    if (!transform.scale && !transform.rotate && !transform.sequence) /* a shift of keys leaves queries as they are */
+        return launch_prepare_nearest<HEAD_DIM>(job, stream);
     const uint64_t rows = (uint64_t)job.tokens.n_tokens * job.n_heads;
-    const uint32_t rows_a_warp = rows * job.tokens.n_sequences < FEW_ROWS ? 1 : job.group;
+    const uint32_t rows_a_warp = has_few_rows(job) ? 1 : job.group;
     const uint64_t blocks = (rows / rows_a_warp + WARPS - 1) / WARPS;
     if (blocks > INT32_MAX / WARPS)
         return cudaErrorInvalidConfiguration;

@@ -97,7 +97,7 @@ __device__ inline void expand_mantissas(uint8_t *panels_smem, const uint8_t *pac
     constexpr uint32_t STRIPS = STRIPS_PER_TILE / SHARES;
     head_layout known = {}; /* offsets of which the compiler knows all but the block */
     known.n_words = ITEMS * WORDS;
-    const uint32_t block_shift = __ffs(block_size) - 1, worker = threadIdx.x / STRIP_TOKENS;
+    const uint32_t block_shift = __ffs(block_size) - 1, worker = threadIdx.x % THREADS / STRIP_TOKENS;
     const uint32_t share = SHARES == 1 ? 0 : worker / ITEMS;
     if (share >= SHARES)
         return;
@@ -207,7 +207,7 @@ __device__ inline void expand_rows(uint8_t *panels_smem, const uint8_t *packed_s
 {
     constexpr uint32_t ROW_CHUNKS = HEAD_DIM / CHUNK_CHANNELS;
     float scale = exponent_scale((uint8_t)(UNIT_TOP + 127 - top));
-    for (uint32_t i = threadIdx.x; i < TILE * ROW_CHUNKS; i += THREADS) {
+    for (uint32_t i = threadIdx.x % THREADS; i < TILE * ROW_CHUNKS; i += THREADS) {
         uint32_t token = i / ROW_CHUNKS;
         uint4 x = make_uint4(0, 0, 0, 0);
         if (token < n_valid)

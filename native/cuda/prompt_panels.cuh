@@ -69,6 +69,18 @@ __device__ inline void wait_for_copies()
     asm volatile("cp.async.wait_all;" ::: "memory");
 }
 
+/* Ends a group of copies. */
+__device__ inline void commit_copies()
+{
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+/* Waits for all groups but the last. */
+__device__ inline void wait_for_all_but_last_copies()
+{
+    asm volatile("cp.async.wait_group 1;" ::: "memory");
+}
+
 /* A packed tile as it is, by THREADS threads of which this is `thread`. tile_bytes is a multiple of 64. */
 template <int THREADS>
 __device__ inline void fetch_packed(uint8_t *stage_smem, const uint8_t *tile_gmem, uint32_t tile_bytes, uint32_t thread)

@@ -25,7 +25,6 @@ struct prompt_shape {
     static constexpr bool queries_stay = HEAD_DIM > 64 && HEAD_DIM <= 128;
     static constexpr int expanded_bytes = 2 * n_buffers * tile_bytes + (queries_stay ? 0 : query_bytes);
     static_assert(!queries_stay || query_bytes <= n_buffers * tile_bytes, "queries fit in the place of keys");
-    static_assert(rows * HEAD_DIM * sizeof(float) <= 2 * n_buffers * tile_bytes, "out rows fit in that of K and V");
 };
 
 /* f16 values need no expanding: with two buffers they are fetched into panels. */
@@ -56,18 +55,26 @@ __device__ inline uint32_t first_seen(uint32_t slot, uint32_t window)
     return window && slot + 1 > window ? slot + 1 - window : 0;
 }
 
-/* The block of this CTA: the last rows of all KV heads come first. False if the sequence has no such rows. */
-__device__ inline bool find_rows(const attend_job &job, uint32_t rows, row_block &block)
+/* Blocks of `rows` rows that a job has, with or without rows of tokens that count. */
+__host__ __device__ inline uint32_t n_row_blocks(const attend_job &job, uint32_t rows)
 {
-    uint32_t n_kv_heads = job.k.pages.n_kv_heads, n_blocks = gridDim.x / n_kv_heads;
-    block.sequence = blockIdx.y;
-    block.kv_head = blockIdx.x % n_kv_heads;
-    block.begin = (n_blocks - 1 - blockIdx.x / n_kv_heads) * rows;
+    uint32_t n_levels = (uint32_t)(((size_t)job.tokens.n_tokens * job.group + rows - 1) / rows);
+    return n_levels * job.tokens.n_sequences * job.k.pages.n_kv_heads;
+}
+
+/* Block `index`: the last rows of all sequences and KV heads come first. False if the sequence has no such rows. */
+__device__ inline bool find_rows(const attend_job &job, uint32_t rows, uint32_t index, row_block &block)
+{
+    uint32_t n_kv_heads = job.k.pages.n_kv_heads, level_blocks = n_kv_heads * job.tokens.n_sequences;
+    uint32_t n_levels = n_row_blocks(job, rows) / level_blocks;
+    block.kv_head = index % n_kv_heads;
+    block.sequence = index / n_kv_heads % job.tokens.n_sequences;
+    block.begin = (n_levels - 1 - index / level_blocks) * rows;
     block.n_cached = (uint32_t)job.tokens.n_cached[block.sequence];
     uint32_t capacity = min(job.max_slots, min(n_slots(job.k.pages), n_slots(job.v.pages)));
     uint32_t n_new = n_new_of(job.tokens, block.sequence);
     uint32_t n_fit = block.n_cached < capacity ? min(n_new, capacity - block.n_cached) : 0;
-    if (n_fit < n_new && blockIdx.x == 0 && threadIdx.x == 0)
+    if (n_fit < n_new && block.begin == 0 && threadIdx.x == 0)
         tell(job.tokens, KSORT_ERR_ARGUMENT);
     block.end = min(block.begin + rows, n_fit * job.group);
     if (block.begin >= block.end)

@@ -9,12 +9,15 @@
 
 constexpr int ROWS_A_LANE = 2;
 
-/* Weights are 2^WEIGHT_TOP times exp(score - max): far from where f16 becomes subnormal, so that parts of them keep
- * their bits, and within f16's 65504. The factor leaves with the division by the sum. */
-constexpr float WEIGHT_TOP = 15.0f;
+/* Weights are 2^WEIGHT_TOP times exp(score - base). The base is a maximum of the row's that stays until a score is more
+ * than BASE_SLACK (in log2) above it, as raising it rescales all sums. So weights stay within f16's 65504, and what
+ * f16's subnormals lose of the second part of a weight is 2^-32 of the largest. The factor 2^WEIGHT_TOP leaves with the
+ * division by the sum. */
+constexpr float WEIGHT_TOP = 7.0f;
+constexpr float BASE_SLACK = 8.0f;
 
 struct row_softmax {
-    float max;  /* of scores in units of log2: -inf before the first */
+    float base; /* of scores in units of log2: -inf before the first */
     float sum;  /* of this lane's weights */
 };
 
@@ -56,31 +59,48 @@ __device__ inline void mask_scores(float (&scores)[TILE / 8][4], const row_view 
         }
 }
 
-/* Turns scores into weights and joins them to the state. factors: what sums of earlier tiles are to be multiplied by.
- * log2_scale, above 0, takes a score to units of log2. */
-__device__ inline void soften_scores(float (&scores)[TILE / 8][4], row_softmax (&rows)[ROWS_A_LANE],
-                                     float (&factors)[ROWS_A_LANE], float log2_scale)
+/* Raises the bases where scores are too far above one of the warp's rows; false where none is. factors: what sums of
+ * earlier tiles are then to be multiplied by. log2_scale, above 0, takes a score to units of log2. */
+__device__ inline bool raise_bases(const float (&scores)[TILE / 8][4], row_softmax (&rows)[ROWS_A_LANE],
+                                   float (&factors)[ROWS_A_LANE], float log2_scale)
+{
+    float largest[ROWS_A_LANE];
+#pragma unroll
+    for (int r = 0; r < ROWS_A_LANE; r++) {
+        largest[r] = fmaxf(scores[0][2 * r], scores[0][2 * r + 1]);
+#pragma unroll
+        for (int n = 1; n < TILE / 8; n++)
+            largest[r] = fmaxf(largest[r], fmaxf(scores[n][2 * r], scores[n][2 * r + 1]));
+        largest[r] *= log2_scale;
+    }
+    if (!__any_sync(~0u, largest[0] > rows[0].base + BASE_SLACK || largest[1] > rows[1].base + BASE_SLACK))
+        return false;
+#pragma unroll
+    for (int r = 0; r < ROWS_A_LANE; r++) {
+        float base = fmaxf(rows[r].base, quad_max(largest[r]));
+        /* A row that has seen nothing yet has -inf, and -inf + inf would be NaN. */
+        factors[r] = base == -INFINITY ? 1.0f : exp2_approx(rows[r].base - base);
+        rows[r].base = base;
+        rows[r].sum *= factors[r];
+    }
+    return true;
+}
+
+/* Turns scores into weights, and adds them to the sums. */
+__device__ inline void soften_scores(float (&scores)[TILE / 8][4], row_softmax (&rows)[ROWS_A_LANE], float log2_scale)
 {
 #pragma unroll
     for (int r = 0; r < ROWS_A_LANE; r++) {
-        float largest = fmaxf(scores[0][2 * r], scores[0][2 * r + 1]);
-#pragma unroll
-        for (int n = 1; n < TILE / 8; n++)
-            largest = fmaxf(largest, fmaxf(scores[n][2 * r], scores[n][2 * r + 1]));
-        float max = fmaxf(rows[r].max, quad_max(largest) * log2_scale);
-        /* A row that has seen nothing yet has -inf, and -inf + inf would be NaN. */
-        float base = max == -INFINITY ? 0.0f : max;
-        factors[r] = exp2_approx(rows[r].max - base);
-        rows[r].max = max;
+        float shift = WEIGHT_TOP - (rows[r].base == -INFINITY ? 0.0f : rows[r].base);
         float sum = 0.0f;
 #pragma unroll
         for (int n = 0; n < TILE / 8; n++)
 #pragma unroll
             for (int e = 2 * r; e < 2 * r + 2; e++) {
-                scores[n][e] = exp2_approx(fmaf(scores[n][e], log2_scale, WEIGHT_TOP - base));
+                scores[n][e] = exp2_approx(fmaf(scores[n][e], log2_scale, shift));
                 sum += scores[n][e];
             }
-        rows[r].sum = rows[r].sum * factors[r] + sum;
+        rows[r].sum += sum;
     }
 }
 

@@ -1,0 +1,65 @@
+/* Barriers in shared memory (mbarrier) between warps of prompt attention that make tiles and those that use them. */
+#ifndef KSORT_PROMPT_BARRIERS_CUH
+#define KSORT_PROMPT_BARRIERS_CUH
+
+#include "prompt_panels.cuh"
+
+constexpr int RING = 3;
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+/* A place in a ring of buffers. `parity` is that of the round through the ring. */
+struct ring_place {
+    uint32_t buffer = 0, parity = 0;
+
+    __device__ void advance()
+    {
+        bool wraps = ++buffer == RING;
+        buffer = wraps ? 0 : buffer;
+        parity ^= wraps;
+    }
+};
+
+__device__ inline void init_barrier(uint64_t *barrier, uint32_t n_arrivals)
+{
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(smem_address(barrier)), "r"(n_arrivals) : "memory");
+}
+
+/* One arrival of a warp, after all that its lanes did before. */
+__device__ inline void arrive_as_warp(uint64_t *barrier)
+{
+    __syncwarp();
+    if (threadIdx.x % WARP == 0)
+        asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(smem_address(barrier)) : "memory");
+}
+
+/* Waits until the phase of this parity is complete; the one before the first counts as complete, with parity 1. */
+__device__ inline void wait_for_phase(uint64_t *barrier, uint32_t parity)
+{
+    uint32_t complete;
+    do
+        asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+                     "selp.u32 %0, 1, 0, p;\n}"
+                     : "=r"(complete)
+                     : "r"(smem_address(barrier)), "r"(parity)
+                     : "memory");
+    while (!complete);
+}
+
+/* Joins THREADS threads; barrier 0 is __syncthreads'. */
+template <int THREADS>
+__device__ inline void join_threads(int barrier)
+{
+    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(THREADS) : "memory");
+}
+
+/* Counts as one of them, without waiting. */
+template <int THREADS>
+__device__ inline void join_later(int barrier)
+{
+    asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "n"(THREADS) : "memory");
+}
+
+#endif
+
+#endif /* KSORT_PROMPT_BARRIERS_CUH */
