@@ -4,7 +4,7 @@
  *     transformed heads:  a strip of one head, a warp T tokens                         (pack_transformed.cuh)
  *
  * Bytes moved, a head of one token: head_dim times 2 or 4 in, head_dim * bits / 8 + blocks out. Besides, mostly from
- * L2: rows of cos and sin once a block, RoPE tables once a thread with nearest rounding; of transformed heads all tables once a
+ * L2: rows of cos and sin and RoPE tables once a block with nearest rounding; of transformed heads all tables once a
  * token, and once a strip the rows of the feedback matrix from the diagonal on, some 2 head_dim^2 bytes.
  */
 #include "pack_nearest.cuh"
@@ -14,7 +14,7 @@
 namespace {
 
 /* Of a multiprocessor: what leaves registers enough. */
-constexpr int RESIDENT_NEAREST = 1024, RESIDENT_ANY = 768;
+constexpr int RESIDENT_NEAREST = 1280, RESIDENT_ANY = 768;
 
 /* Grid of both kernels: x = strips of the sequence, those of keys first, as RoPE takes longer: alternating, keys and
  * values would go to different multiprocessors; y = KV head or group of them; z = sequence. */

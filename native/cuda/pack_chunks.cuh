@@ -1,8 +1,9 @@
-/* Chunks of eight neighbouring channels, each held by one lane: loaded, turned, rounded to the nearest. A head is a row of
- * chunks in neighbouring lanes, and comes through shared memory, where partners in RoPE are looked up; packing by nearest rounding and preparing queries share this.
+/* Chunks of eight neighbouring channels, each held by one lane: loaded, turned, rounded to the nearest. A head is a row
+ * of chunks in neighbouring lanes, and comes through shared memory, where partners in RoPE are looked up. Packing by
+ * nearest rounding and preparing queries share this.
  *
- * Operations are FORMAT.md's, each rounded on its own. Instructions a value: loading 1, RoPE about 8, maxima 1, rounding
- * and putting mantissas together 5.
+ * Operations are FORMAT.md's, each rounded on its own. Instructions a value: loading 1, RoPE about 9, maxima 1,
+ * rounding and putting mantissas together 5.
  */
 #ifndef KSORT_PACK_CHUNKS_CUH
 #define KSORT_PACK_CHUNKS_CUH
@@ -60,36 +61,16 @@ __device__ inline void load_chunk(const uint8_t *row, uint32_t chunk, float (&y)
     }
 }
 
-/* RoPE of a chunk's channels. One that is not turned has itself for a partner, and the angle of `no_turn`. */
-struct chunk_turns {
-    uint32_t partner[CHUNK];   /* bytes from the start of the head's row in shared memory */
-    uint32_t frequency[CHUNK];
-    uint32_t sign[CHUNK];      /* of the partner: a float's sign bit */
-};
-
-/* at: of the chunk's first channel `channel` in tables [n_kv_heads][head_dim]. */
-__device__ inline void load_turns_of_chunk(const ksort_rope &rope, size_t at, uint32_t channel, uint32_t element_bytes,
-                                           uint32_t no_turn, struct chunk_turns &turns)
+/* y becomes y * cos + (sign * partner) * sin: of channel j of the chunk, partner(j) is the partner's place in the row
+ * in bytes, angle(j) is cos, and sin with the sign. */
+template <uint32_t X_TYPE, class Partner, class Angle>
+__device__ inline void rope_chunk(const uint8_t *row, Partner partner, Angle angle, float (&y)[CHUNK])
 {
 #pragma unroll
     for (int j = 0; j < CHUNK; j++) {
-        const int sign = rope.sign[at + j];
-        const uint32_t partner = rope.partner[at + j], frequency = rope.frequency[at + j];
-        turns.partner[j] = (sign ? partner : channel + j) * element_bytes;
-        turns.frequency[j] = sign ? frequency : no_turn;
-        turns.sign[j] = sign < 0 ? 1u << 31 : 0;
-    }
-}
-
-/* y becomes y * cos + (sign * partner) * sin; angle(j) is cos, and sin with the sign, of channel j of the chunk. */
-template <uint32_t X_TYPE, class Angle>
-__device__ inline void rope_chunk(const uint8_t *row, const uint32_t (&partners)[CHUNK], Angle angle, float (&y)[CHUNK])
-{
-#pragma unroll
-    for (int j = 0; j < CHUNK; j++) {
-        const float partner = load_float(row + partners[j], X_TYPE, 0);
+        const float other = load_float(row + partner(j), X_TYPE, 0);
         const float2 turn = angle(j);
-        y[j] = __fadd_rn(__fmul_rn(y[j], turn.x), __fmul_rn(partner, turn.y));
+        y[j] = __fadd_rn(__fmul_rn(y[j], turn.x), __fmul_rn(other, turn.y));
     }
 }
 
@@ -119,12 +100,12 @@ __device__ inline uint32_t lanes_of_head()
     return ALL_LANES >> (WARP - LANES) << lane_of_thread() / LANES * LANES;
 }
 
-/* Rounds a chunk to units of its block's step, in the low bytes of the result as UNITS has it. A block without an exponent
- * (zeros and subnormals) has zeros. `limit`: the largest mantissa; 0 makes zeros of anything.
+/* Rounds a chunk to units of its block's step, in the low bytes of the result as UNITS has it. A block without an
+ * exponent (zeros and subnormals) has zeros. `limit`: the largest mantissa; 0 makes zeros of anything.
  *
- * Multiplying by 1 / step, a power of two, and adding UNITS is one operation with one rounding: what it gives differs from
- * two roundings only where the product is below float32's normal range, which is 0 both ways. 1 / step is beyond float32
- * for the smallest exponents: such blocks are first brought up. */
+ * Multiplying by 1 / step, a power of two, and adding UNITS is one operation with one rounding. Two operations give the
+ * same: their product is exact but where it is below float32's normal range, and there both give 0. 1 / step is beyond
+ * float32 for the smallest exponents: such blocks are first brought up. */
 __device__ inline void round_chunk(uint32_t exponent, uint32_t mantissa_bits, int32_t limit, float (&y)[CHUNK],
                                    uint32_t (&mantissas)[CHUNK])
 {

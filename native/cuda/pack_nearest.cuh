@@ -1,5 +1,6 @@
-/* Nearest rounding of a strip of a few heads: a lane holds a chunk of channels of TOKENS neighbouring tokens, which share
- * partners and frequencies, and whose words are 16 neighbouring bytes of the tile. A team of threads is a head's strip:
+/* Nearest rounding of a strip of a few heads: a lane holds a chunk of channels of TOKENS neighbouring tokens, which
+ * share partners and frequencies, and whose words are 16 neighbouring bytes of the tile. A team of threads is a head's
+ * strip:
  *
  *     lane = chunk    0 1 2 ...            x --cp.async--> rows [head][16][head_dim]             all asked for at once
  *     tokens  0..3    t t t ...            cos, sin of the strip's positions --cp.async--> angles   shared by the teams
@@ -30,6 +31,7 @@ struct nearest_shape {
 template <int HEAD_DIM>
 struct nearest_smem {
     alignas(16) float2 angles[STRIP_TOKENS][nearest_shape<HEAD_DIM>::ANGLES]; /* cos and sin */
+    alignas(16) uint32_t turns[nearest_shape<HEAD_DIM>::HEADS * HEAD_DIM];    /* see packed_turn */
 };
 
 template <int HEAD_DIM, uint32_t X_TYPE>
@@ -63,8 +65,6 @@ __device__ inline void store_tokens(uint32_t *to, const uint32_t (&words)[TOKENS
         if (stored >> t & 1)
             to[t] = words[t];
 }
-
-constexpr uint32_t NO_FREQUENCY = 0xFFFFFFFFu;
 
 /* A lane's share of a head's strip. STAGED: angles come through shared memory, HEAD_DIM / 2 of them at most. */
 template <int HEAD_DIM, uint32_t X_TYPE, bool STAGED>
@@ -119,30 +119,51 @@ struct nearest_packer {
             smem.angles[s][shape::NO_TURN] = make_float2(1.0f, 0.0f);
     }
 
-    /* Frequencies become places of staged angles. */
-    __device__ void load_turns(chunk_turns &turns) const
+    /* RoPE of a channel in a word: bits 0 to 14 the partner's place in its row in bytes, bit 15 whether it is
+     * subtracted, 16 to 31 the place of a staged angle in bytes, or the frequency. A channel that is not turned is its
+     * own partner, and its angle is that of NO_TURN, (1, 0). */
+    __device__ uint32_t packed_turn(size_t at, uint32_t channel) const
     {
-        load_turns_of_chunk(work.rope, (size_t)head * HEAD_DIM + chunk * CHUNK, chunk * CHUNK, ELEMENT_BYTES<X_TYPE>,
-                            NO_FREQUENCY, turns);
+        const int sign = work.rope.sign[at];
+        const uint32_t partner = work.rope.partner[at], frequency = work.rope.frequency[at];
+        const uint32_t index = !STAGED ? frequency : (sign ? angle_index(frequency) : shape::NO_TURN) * sizeof(float2);
+        return (sign ? partner : channel) * ELEMENT_BYTES<X_TYPE> | (sign < 0 ? 1u << 15 : 0) | index << 16;
+    }
+
+    /* All threads: the turns of the block's heads. */
+    __device__ void stage_turns() const
+    {
+        const uint32_t first_head = blockIdx.y * shape::HEADS;
+        const uint32_t n = min(work.n_kv_heads - first_head, (uint32_t)shape::HEADS) * HEAD_DIM;
 #pragma unroll
-        for (int j = 0; j < CHUNK; j++)
-            if (STAGED)
-                turns.frequency[j] =
-                    turns.frequency[j] == NO_FREQUENCY ? shape::NO_TURN : angle_index(turns.frequency[j]);
+        for (uint32_t at = 0; at < shape::HEADS * HEAD_DIM; at += strip_shape<HEAD_DIM>::THREADS) {
+            const uint32_t c = at + threadIdx.x;
+            if (c < n)
+                smem.turns[c] = packed_turn((size_t)first_head * HEAD_DIM + c, c % HEAD_DIM);
+        }
+    }
+
+    __device__ void load_turns(uint32_t (&turns)[CHUNK]) const
+    {
+        const uint32_t of_block = head - blockIdx.y * shape::HEADS;
+        const uint4 *from = reinterpret_cast<const uint4 *>(smem.turns + of_block * HEAD_DIM + chunk * CHUNK);
+        const uint4 low = from[0], high = from[1];
+        turns[0] = low.x, turns[1] = low.y, turns[2] = low.z, turns[3] = low.w;
+        turns[4] = high.x, turns[5] = high.y, turns[6] = high.z, turns[7] = high.w;
     }
 
     /* cos, and sin with the partner's sign, of channel j of the chunk for the lane's t-th token. */
-    __device__ float2 angle_of(int t, int j, const chunk_turns &turns) const
+    __device__ float2 angle_of(int t, int j, uint32_t turn) const
     {
-        const uint32_t f = turns.frequency[j];
         float2 angle = make_float2(1.0f, 0.0f);
         if constexpr (STAGED) {
-            angle = smem.angles[first + t][f];
-        } else if (f != NO_FREQUENCY) {
-            const size_t row = (size_t)(strip.first_slot + first + t) * work.rope.n_frequencies;
-            angle = make_float2(work.rope.cos[row + f], work.rope.sin[row + f]);
+            const uint8_t *angles = reinterpret_cast<const uint8_t *>(smem.angles[first + t]);
+            angle = *reinterpret_cast<const float2 *>(angles + (turn >> 16));
+        } else if ((turn & 0x7FFFu) != (chunk * CHUNK + j) * ELEMENT_BYTES<X_TYPE>) {
+            const size_t at = (size_t)(strip.first_slot + first + t) * work.rope.n_frequencies + (turn >> 16);
+            angle = make_float2(work.rope.cos[at], work.rope.sin[at]);
         }
-        angle.y = bits_float(float_bits(angle.y) ^ turns.sign[j]);
+        angle.y = bits_float(float_bits(angle.y) ^ (turn << 16 & 1u << 31));
         return angle;
     }
 
@@ -209,18 +230,21 @@ struct nearest_packer {
 #pragma unroll
         for (int t = 0; t < TOKENS; t++)
             if (wanted >> t & 1)
-                request_chunk<X_TYPE>(side.x, head_at<HEAD_DIM>(work, strip, head, first + t), chunk, rows + t * STRIDE);
-        chunk_turns turns;
+                request_chunk<X_TYPE>(side.x, head_at<HEAD_DIM>(work, strip, head, first + t), chunk,
+                                      rows + t * STRIDE);
+        uint32_t turns[CHUNK] = {};
         if (side.has_rope) {
             if (STAGED)
                 request_angles();
-            if (exists())
-                load_turns(turns);
+            stage_turns();
         }
         __pipeline_commit();
         __pipeline_wait_prior(0);
-        if (side.has_rope)
+        if (side.has_rope) {
             __syncthreads(); /* the others have their part */
+            if (exists())
+                load_turns(turns);
+        }
         uint8_t *tile = strip.tile + (size_t)head * side.cache.pages.head_stride;
         const bool bfp = is_bfp(side.cache.layout.type);
         rounded_chunk rounded;
@@ -232,7 +256,8 @@ struct nearest_packer {
                 load_chunk<X_TYPE>(rows + t * STRIDE, chunk, y);
                 if (side.has_rope)
                     rope_chunk<X_TYPE>(
-                        rows + t * STRIDE, turns.partner, [&](int j) { return angle_of(t, j, turns); }, y);
+                        rows + t * STRIDE, [&](int j) { return turns[j] & 0x7FFFu; },
+                        [&](int j) { return angle_of(t, j, turns[j]); }, y);
             }
             const uint32_t magnitude = magnitude_of_chunk(y);
             const bool refused =

@@ -1,5 +1,5 @@
-/* Queries whose keys have no transform: a lane holds a chunk of channels of up to QUERY_ROWS rows, which are query heads
- * of one KV head and token: they share partners, cos and sin, and are loaded together.
+/* Queries whose keys have no transform: a lane holds a chunk of channels of up to QUERY_ROWS rows, which are query
+ * heads of one KV head and token: they share partners, cos and sin, and are loaded together.
  *
  *     q --cp.async--> rows in shared memory --> chunks and partners --RoPE, maxima, rounding--> 8- and 16-byte stores
  */
@@ -48,6 +48,27 @@ __device__ inline query_place place_of_team(const attend_job &job, uint32_t rows
     if (token >= job.tokens.n_tokens)
         place.n_rows = 0;
     return place;
+}
+
+/* RoPE of a chunk's channels. One that is not turned has itself for a partner, and the angle of `no_turn`. */
+struct chunk_turns {
+    uint32_t partner[CHUNK];   /* bytes from the start of the head's row in shared memory */
+    uint32_t frequency[CHUNK];
+    uint32_t sign[CHUNK];      /* of the partner: a float's sign bit */
+};
+
+/* at: of the chunk's first channel `channel` in tables [n_kv_heads][head_dim]. */
+__device__ inline void load_turns_of_chunk(const ksort_rope &rope, size_t at, uint32_t channel, uint32_t element_bytes,
+                                           uint32_t no_turn, struct chunk_turns &turns)
+{
+#pragma unroll
+    for (int j = 0; j < CHUNK; j++) {
+        const int sign = rope.sign[at + j];
+        const uint32_t partner = rope.partner[at + j], frequency = rope.frequency[at + j];
+        turns.partner[j] = (sign ? partner : channel + j) * element_bytes;
+        turns.frequency[j] = sign ? frequency : no_turn;
+        turns.sign[j] = sign < 0 ? 1u << 31 : 0;
+    }
 }
 
 /* cos, and sin with the partner's sign, of a chunk at one position. */
@@ -136,12 +157,13 @@ __global__ void __launch_bounds__(QUERY_THREADS)
         if (in_head && r < place.n_rows) {
             load_chunk<X_TYPE>(rows + r * STRIDE, chunk, y);
             if (job.rope.partner)
-                rope_chunk<X_TYPE>(rows + r * STRIDE, turns.partner, [&](int j) { return at.angles[j]; }, y);
+                rope_chunk<X_TYPE>(
+                    rows + r * STRIDE, [&](int j) { return turns.partner[j]; }, [&](int j) { return at.angles[j]; }, y);
         }
         const bool is_stored = place.is_new && r < place.n_rows;
         const uint32_t magnitude = magnitude_of_chunk(y);
-        const bool is_finite = !(__ballot_sync(ALL_LANES, magnitude >= FLOAT_MAGNITUDE_INF) & lanes_of_head<HEAD_DIM>());
-        const bool is_refused = !place.has_position || !is_finite;
+        const uint32_t non_finite = __ballot_sync(ALL_LANES, magnitude >= FLOAT_MAGNITUDE_INF);
+        const bool is_refused = !place.has_position || non_finite & lanes_of_head<HEAD_DIM>();
         if (is_refused && is_stored && chunk == 0)
             tell(job.tokens, place.has_position ? KSORT_ERR_NON_FINITE : KSORT_ERR_ROPE);
         store_query_chunk<HEAD_DIM>(job, place.first_row + r, magnitude, is_refused, is_stored, y);

@@ -1,6 +1,6 @@
-/* Queries as attention multiplies them: without a transform as prepare_nearest.cuh has it, else as here. A warp takes the
- * rows (query heads of one token) of a KV head one after another: they share all tables, and each is loaded while the one
- * before it is rounded. With few rows: one row.
+/* Queries as attention multiplies them: without a transform as prepare_nearest.cuh has it, else as here. A warp takes
+ * the rows (query heads of one token) of a KV head one after another: they share all tables, and each is loaded while
+ * the one before it is rounded. With few rows: one row.
  *
  *     q [row][head_dim] --RoPE, / scale, rotate, sequence--> x: 32 lanes x HEAD_DIM / 32 registers
  *       --largest of a block--> exponents [row][blocks] u8
