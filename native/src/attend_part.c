@@ -38,16 +38,24 @@ static struct range within_tile(struct range slots, size_t tile)
                           min_size(max_size(slots.end, first), first + KSORT_TILE_TOKENS) - first};
 }
 
+/* The unit's rows of the same token, which see the same slots, end here. */
+static uint32_t end_of_token(const struct attend_job *job, const struct unit *unit, uint32_t row)
+{
+    size_t group = job->group, rest = group - (unit->first_row + row) % group;
+    return (uint32_t)min_size(row + rest, unit->n_rows);
+}
+
 static void attend_tile(const struct attend_job *job, const struct unit *unit, size_t tile,
                         struct attend_scratch *scratch, struct partial *partial)
 {
     struct tile_span keys = span_of(job->args->k, &job->k, unit, tile);
     struct tile_span values = span_of(job->args->v, &job->v, unit, tile);
     scores_for(job)(&keys, &scratch->queries, scratch->scores);
-    for (uint32_t row = 0; row < unit->n_rows; row++) {
+    for (uint32_t row = 0, end; row < unit->n_rows; row = end) {
         struct range seen = within_tile(row_slots(job, unit->first_row + row), tile);
-        scratch->rescale[row] = job->kernels->softmax_tile(scratch->scores[row], (uint32_t)seen.begin,
-                                                           (uint32_t)seen.end, &partial->states[row]);
+        end = end_of_token(job, unit, row);
+        job->kernels->softmax_tile(&scratch->scores[row], end - row, (uint32_t)seen.begin, (uint32_t)seen.end,
+                                   &partial->states[row], &scratch->rescale[row]);
     }
     accumulate_function *accumulate =
         is_bfp(job->v.type) ? job->kernels->accumulate_bfp : job->kernels->accumulate_float;

@@ -83,6 +83,12 @@ static inline void prefetch_share(const struct tile_span *span, uint32_t first_t
 typedef void score_function(const struct tile_span *keys, const struct query_rows *queries,
                             float (*scores)[KSORT_TILE_TOKENS]);
 
+/* One step of online softmax for n_rows rows that see the same tokens of a tile, begin .. end-1 (none if begin >= end).
+ * Other scores are not looked at; all are replaced by weights, exp(score - the row's new maximum) inside and 0 outside.
+ * rescale[row]: the factor for what was accumulated before. */
+typedef void softmax_function(float (*scores)[KSORT_TILE_TOKENS], uint32_t n_rows, uint32_t begin, uint32_t end,
+                              struct softmax_state *states, float *rescale);
+
 /* accumulators[row] = rescale[row] * accumulators[row] + sum over the span's tokens of weights[row][token] * value.
  * Tokens outside the span may hold anything, such as infinity.
  * accumulators [n_rows][stride], stride = head_dim rounded up to 16; floats from head_dim on may change to anything. */
@@ -146,9 +152,7 @@ struct kernels {
     score_function *scores_bfp_by_f32; /* BFP keys, queries->values */
     score_function *scores_float;      /* f32, f16 or bf16 keys, queries->values */
 
-    /* One step of online softmax for one row. Scores outside begin .. end-1 are not looked at; all are replaced by
-     * weights, exp(score - new maximum) inside and 0 outside. Returns the factor for what was accumulated before. */
-    float (*softmax_tile)(float scores[KSORT_TILE_TOKENS], uint32_t begin, uint32_t end, struct softmax_state *state);
+    softmax_function *softmax_tile;
 
     accumulate_function *accumulate_float; /* f32, f16 or bf16 values */
     accumulate_function *accumulate_bfp;

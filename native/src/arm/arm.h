@@ -19,8 +19,7 @@ void ksort_neon_encode_transformed(const struct head_transform *transform, const
 void ksort_neon_store_f16(const float *x, uint32_t n, uint16_t *out);
 void ksort_neon_store_bf16(const float *x, uint32_t n, uint16_t *out);
 score_function ksort_neon_scores_bfp_by_bfp, ksort_neon_scores_bfp_by_f32, ksort_neon_scores_float;
-float ksort_neon_softmax_tile(float scores[KSORT_TILE_TOKENS], uint32_t begin, uint32_t end,
-                              struct softmax_state *state);
+softmax_function ksort_neon_softmax_tile;
 accumulate_function ksort_neon_accumulate_float, ksort_neon_accumulate_bfp;
 void ksort_neon_linear(const struct linear_block *block);
 void ksort_neon_rms_norm(float *x, const float *added, const float *gain, uint32_t n, float epsilon, float *y);

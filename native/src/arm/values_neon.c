@@ -41,8 +41,8 @@ ALWAYS_INLINE uint32x4_t tokens_within(uint32_t begin, uint32_t end, uint32_t i)
     return vandq_u32(vcgeq_u32(token, vdupq_n_u32(begin)), vcltq_u32(token, vdupq_n_u32(end)));
 }
 
-float ksort_neon_softmax_tile(float scores[KSORT_TILE_TOKENS], uint32_t begin, uint32_t end,
-                              struct softmax_state *state)
+/* One row; returns the factor for what was accumulated before. */
+static float softmax_row(float scores[KSORT_TILE_TOKENS], uint32_t begin, uint32_t end, struct softmax_state *state)
 {
     const float32x4_t infinity = vdupq_n_f32(INFINITY);
     float32x4_t maxima = vdupq_n_f32(state->max);
@@ -67,6 +67,13 @@ float ksort_neon_softmax_tile(float scores[KSORT_TILE_TOKENS], uint32_t begin, u
     bool overflowed = vminvq_u32(in_range) == 0;
     state->sum = overflowed ? NAN : state->sum * rescale + vaddvq_f32(vaddq_f32(sums[0], sums[1]));
     return rescale;
+}
+
+void ksort_neon_softmax_tile(float (*scores)[KSORT_TILE_TOKENS], uint32_t n_rows, uint32_t begin, uint32_t end,
+                             struct softmax_state *states, float *rescale)
+{
+    for (uint32_t row = 0; row < n_rows; row++)
+        rescale[row] = softmax_row(scores[row], begin, end, &states[row]);
 }
 
 /* Rows 0 .. n_rows-1 of the pointers given, n_registers * 4 channels from c on, or the two from c on if `is_pair`.

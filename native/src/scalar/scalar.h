@@ -20,8 +20,7 @@ void ksort_scalar_store_bf16(const float *x, uint32_t n, uint16_t *out);
 
 score_function ksort_scalar_scores_bfp_by_bfp, ksort_scalar_scores_bfp_by_f32, ksort_scalar_scores_float;
 
-float ksort_scalar_softmax_tile(float scores[KSORT_TILE_TOKENS], uint32_t begin, uint32_t end,
-                                struct softmax_state *state);
+softmax_function ksort_scalar_softmax_tile;
 accumulate_function ksort_scalar_accumulate_float, ksort_scalar_accumulate_bfp;
 void ksort_scalar_linear(const struct linear_block *block);
 void ksort_scalar_rms_norm(float *x, const float *added, const float *gain, uint32_t n, float epsilon, float *y);

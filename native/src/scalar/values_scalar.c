@@ -8,8 +8,8 @@
 #include "half.h"
 #include "scalar/scalar.h"
 
-float ksort_scalar_softmax_tile(float scores[KSORT_TILE_TOKENS], uint32_t begin, uint32_t end,
-                                struct softmax_state *state)
+/* One row; returns the factor for what was accumulated before. */
+static float softmax_row(float scores[KSORT_TILE_TOKENS], uint32_t begin, uint32_t end, struct softmax_state *state)
 {
     float max = state->max;
     bool overflowed = false;
@@ -26,6 +26,13 @@ float ksort_scalar_softmax_tile(float scores[KSORT_TILE_TOKENS], uint32_t begin,
     state->max = max;
     state->sum = overflowed ? NAN : state->sum * rescale + sum;
     return rescale;
+}
+
+void ksort_scalar_softmax_tile(float (*scores)[KSORT_TILE_TOKENS], uint32_t n_rows, uint32_t begin, uint32_t end,
+                               struct softmax_state *states, float *rescale)
+{
+    for (uint32_t row = 0; row < n_rows; row++)
+        rescale[row] = softmax_row(scores[row], begin, end, &states[row]);
 }
 
 static void rescale_rows(uint32_t n_rows, uint32_t head_dim, const float *rescale, float *accumulators, size_t stride)

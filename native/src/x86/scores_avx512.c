@@ -11,6 +11,7 @@
  *               Bytes moved: the K rows of the span once for every 4 rows (from L1 after the first).
  */
 #include "x86/float_rows_avx512.h"
+#include "x86/reduce_avx512.h"
 #include "x86/strip_avx512.h"
 
 /* |key| * (query with the key's sign), in pairs: at most 2 * 128 * 127 = 32512, so 16 bits hold it. */
@@ -81,17 +82,6 @@ void ksort_avx512_scores_bfp_by_f32(const struct tile_span *keys, const struct q
             }
         }
     }
-}
-
-/* Sums of the lanes of four registers, side by side. */
-ALWAYS_INLINE __m128 sums_of_four(const __m512 x[4])
-{
-    __m128 quarters[4];
-    for (int i = 0; i < 4; i++) {
-        __m256 half = _mm256_add_ps(_mm512_castps512_ps256(x[i]), _mm512_extractf32x8_ps(x[i], 1));
-        quarters[i] = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
-    }
-    return _mm_hadd_ps(_mm_hadd_ps(quarters[0], quarters[1]), _mm_hadd_ps(quarters[2], quarters[3]));
 }
 
 /* Tokens first_token .. +3, rows first_row .. +n_rows-1. type and n_rows (up to 4) are constants. */

@@ -49,8 +49,8 @@ ALWAYS_INLINE float largest_lane(__m256 x)
     return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
 }
 
-float ksort_avx2_softmax_tile(float scores[KSORT_TILE_TOKENS], uint32_t begin, uint32_t end,
-                              struct softmax_state *state)
+/* One row; returns the factor for what was accumulated before. */
+static float softmax_row(float scores[KSORT_TILE_TOKENS], uint32_t begin, uint32_t end, struct softmax_state *state)
 {
     const __m256 infinity = _mm256_set1_ps(INFINITY), sign_bit = _mm256_set1_ps(-0.0f);
     __m256 maxima = _mm256_set1_ps(state->max), overflowed = _mm256_setzero_ps();
@@ -74,6 +74,13 @@ float ksort_avx2_softmax_tile(float scores[KSORT_TILE_TOKENS], uint32_t begin, u
     state->max = max;
     state->sum = _mm256_movemask_ps(overflowed) ? NAN : state->sum * rescale + sum_of_lanes(sum);
     return rescale;
+}
+
+void ksort_avx2_softmax_tile(float (*scores)[KSORT_TILE_TOKENS], uint32_t n_rows, uint32_t begin, uint32_t end,
+                             struct softmax_state *states, float *rescale)
+{
+    for (uint32_t row = 0; row < n_rows; row++)
+        rescale[row] = softmax_row(scores[row], begin, end, &states[row]);
 }
 
 /* Rows 0 .. n_rows-1 of the pointers given, channels c .. c+15. type and n_rows are constants. */

@@ -1,6 +1,8 @@
 /* Weights, and weighted values of float types, with AVX-512.
  *
- *     accumulators of up to 8 rows x 32 channels (16 registers) over the tokens of the tile:
+ * Weights: 4 rows of the same tokens at once, whose maxima and sums are found side by side.
+ *
+ * Values: accumulators of up to 8 rows x 32 channels (16 registers) over the tokens of the tile:
  *
  *               32 channels
  *             +-------------+     for every token: load 2 registers of V (converted as they come),
@@ -13,22 +15,55 @@
  */
 #include "vector/exp_constants.h"
 #include "x86/float_rows_avx512.h"
+#include "x86/reduce_avx512.h"
 
+#define SOFTMAX_ROWS 4
+#define NOT_FINITE 0x99 /* classes of vfpclassps: quiet NaN, +infinity, -infinity, signalling NaN */
 #define ROWS_AT_ONCE 8
 #define MAX_REGISTERS 4 /* of one row's channels */
 
-ALWAYS_INLINE __m512 exp_avx512(__m512 x)
+/* Adding this to a float below 2^22 in magnitude rounds it: the sum's lowest bits are the whole number. */
+#define ROUNDING 0x1.8p23f
+
+/* exp of lanes of four registers, x <= 0; 0 outside `lanes` and where x is below EXP_LOWEST or NaN. Step by step over
+ * the registers, as each step waits for the one before. */
+ALWAYS_INLINE void exp_of_four(const __mmask16 lanes[4], __m512 x[4])
 {
-    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(EXP_LOG2_E)), _MM_FROUND_TO_NEAREST_INT);
-    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(EXP_LN2_HIGH), x);
-    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(EXP_LN2_LOW), r);
-    __m512 p = _mm512_fmadd_ps(_mm512_set1_ps(EXP_P4), r, _mm512_set1_ps(EXP_P3));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(EXP_P2));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(EXP_P1));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(EXP_P0));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
-    return _mm512_scalef_ps(p, n);
+    __m512 r[4], p[4];
+    __m512i n[4];
+    __mmask16 counts[4];
+    for (int i = 0; i < 4; i++) {
+        counts[i] = _mm512_mask_cmp_ps_mask(lanes[i], x[i], _mm512_set1_ps(EXP_LOWEST), _CMP_GE_OQ);
+        __m512 rounded = _mm512_fmadd_ps(x[i], _mm512_set1_ps(EXP_LOG2_E), _mm512_set1_ps(ROUNDING));
+        n[i] = _mm512_castps_si512(rounded);
+        r[i] = _mm512_sub_ps(rounded, _mm512_set1_ps(ROUNDING));
+    }
+    for (int i = 0; i < 4; i++)
+        x[i] = _mm512_fnmadd_ps(r[i], _mm512_set1_ps(EXP_LN2_HIGH), x[i]);
+    for (int i = 0; i < 4; i++)
+        r[i] = _mm512_fnmadd_ps(r[i], _mm512_set1_ps(EXP_LN2_LOW), x[i]);
+    for (int i = 0; i < 4; i++)
+        p[i] = _mm512_fmadd_ps(_mm512_set1_ps(EXP_P4), r[i], _mm512_set1_ps(EXP_P3));
+    for (int i = 0; i < 4; i++)
+        p[i] = _mm512_fmadd_ps(p[i], r[i], _mm512_set1_ps(EXP_P2));
+    for (int i = 0; i < 4; i++)
+        p[i] = _mm512_fmadd_ps(p[i], r[i], _mm512_set1_ps(EXP_P1));
+    for (int i = 0; i < 4; i++)
+        p[i] = _mm512_fmadd_ps(p[i], r[i], _mm512_set1_ps(EXP_P0));
+    for (int i = 0; i < 4; i++)
+        p[i] = _mm512_fmadd_ps(p[i], r[i], _mm512_set1_ps(1.0f));
+    for (int i = 0; i < 4; i++)
+        p[i] = _mm512_fmadd_ps(p[i], r[i], _mm512_set1_ps(1.0f));
+    for (int i = 0; i < 4; i++) { /* times 2^n */
+        __m512i bits = _mm512_add_epi32(_mm512_castps_si512(p[i]), _mm512_slli_epi32(n[i], 23));
+        x[i] = _mm512_castsi512_ps(_mm512_maskz_mov_epi32(counts[i], bits));
+    }
+}
+
+/* Lane r, a constant, in all lanes. */
+ALWAYS_INLINE __m512 lane_in_all(__m128 x, const int r)
+{
+    return _mm512_permutexvar_ps(_mm512_set1_epi32(r), _mm512_castps128_ps512(x));
 }
 
 /* Lanes of tokens i .. i+15 within begin .. end-1. */
@@ -37,31 +72,75 @@ ALWAYS_INLINE __mmask16 tokens_within(uint32_t begin, uint32_t end, uint32_t i)
     return lanes_below(end, i) & (__mmask16)~lanes_below(begin, i);
 }
 
-float ksort_avx512_softmax_tile(float scores[KSORT_TILE_TOKENS], uint32_t begin, uint32_t end,
-                                struct softmax_state *state)
+/* exp(before - now) of SOFTMAX_ROWS rows, 1 where both are the same (both may be -inf). */
+static __m128 rescale_factors(__m128 before, __m128 now)
 {
-    const __m512 infinity = _mm512_set1_ps(INFINITY);
-    __m512 maxima = _mm512_set1_ps(state->max), score[4];
-    __mmask16 lanes[4], overflowed = 0;
-    for (int i = 0; i < 4; i++) {
+    _Alignas(16) float factors[SOFTMAX_ROWS];
+    _mm_store_ps(factors, _mm_sub_ps(before, now));
+    for (int r = 0; r < SOFTMAX_ROWS; r++)
+        factors[r] = expf(factors[r]);
+    return _mm_mask_mov_ps(_mm_load_ps(factors), _mm_cmp_ps_mask(before, now, _CMP_EQ_OQ), _mm_set1_ps(1.0f));
+}
+
+/* Rows 0 .. n_rows-1 of the pointers given, which see the tokens of `lanes`. n_rows is a constant up to SOFTMAX_ROWS.
+ * Few tiles have a new maximum: where none does, weights do not wait for the largest score to be found. */
+ALWAYS_INLINE void softmax_rows(float (*scores)[KSORT_TILE_TOKENS], const int n_rows,
+                                const __mmask16 lanes[STRIPS_PER_TILE], struct softmax_state *states, float *rescale)
+{
+    const __mmask8 fields = (__mmask8)((1u << 2 * n_rows) - 1), rows = (__mmask8)((1u << n_rows) - 1);
+    __m256 state = _mm256_maskz_loadu_ps(fields, states);
+    state = _mm256_permutevar8x32_ps(state, _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7)); /* maxima, then sums */
+    __m128 before = _mm256_castps256_ps128(state), now = before, factors = _mm_set1_ps(1.0f);
+    __m512 largest[SOFTMAX_ROWS], sums[SOFTMAX_ROWS];
+    __mmask16 rises = 0;
+    __mmask8 overflows = 0;
+    for (int r = 0; r < n_rows; r++) {
+        __mmask16 not_finite = 0;
+        largest[r] = _mm512_set1_ps(-INFINITY);
+        for (int i = 0; i < STRIPS_PER_TILE; i++) {
+            __m512 score = _mm512_loadu_ps(&scores[r][STRIP_TOKENS * i]);
+            largest[r] = _mm512_mask_max_ps(largest[r], lanes[i], largest[r], score);
+            not_finite |= _mm512_mask_fpclass_ps_mask(lanes[i], score, NOT_FINITE);
+        }
+        overflows |= (__mmask8)((not_finite != 0) << r);
+        rises |= _mm512_cmp_ps_mask(largest[r], lane_in_all(before, r), _CMP_GT_OQ);
+    }
+    for (int r = n_rows; r < SOFTMAX_ROWS; r++)
+        largest[r] = largest[0];
+    if (rises) {
+        now = _mm_max_ps(before, maxima_of_four(largest));
+        factors = rescale_factors(before, now);
+    }
+    for (int r = 0; r < n_rows; r++) {
+        __m512 x[STRIPS_PER_TILE];
+        for (int i = 0; i < STRIPS_PER_TILE; i++)
+            x[i] = _mm512_sub_ps(_mm512_loadu_ps(&scores[r][STRIP_TOKENS * i]), lane_in_all(now, r));
+        exp_of_four(lanes, x);
+        for (int i = 0; i < STRIPS_PER_TILE; i++)
+            _mm512_storeu_ps(&scores[r][STRIP_TOKENS * i], x[i]);
+        sums[r] = _mm512_add_ps(_mm512_add_ps(x[0], x[1]), _mm512_add_ps(x[2], x[3]));
+    }
+    for (int r = n_rows; r < SOFTMAX_ROWS; r++)
+        sums[r] = sums[0];
+    __m128 sum = _mm_add_ps(_mm_mul_ps(_mm256_extractf128_ps(state, 1), factors), sums_of_four(sums));
+    sum = _mm_mask_mov_ps(sum, overflows, _mm_set1_ps(NAN));
+    _mm256_mask_storeu_ps(states, fields, _mm256_set_m128(_mm_unpackhi_ps(now, sum), _mm_unpacklo_ps(now, sum)));
+    _mm_mask_storeu_ps(rescale, rows, factors);
+}
+
+void ksort_avx512_softmax_tile(float (*scores)[KSORT_TILE_TOKENS], uint32_t n_rows, uint32_t begin, uint32_t end,
+                               struct softmax_state *states, float *rescale)
+{
+    __mmask16 lanes[4];
+    for (int i = 0; i < 4; i++)
         lanes[i] = tokens_within(begin, end, 16 * i);
-        score[i] = _mm512_loadu_ps(scores + 16 * i);
-        maxima = _mm512_mask_max_ps(maxima, lanes[i], maxima, score[i]);
-        overflowed |= _mm512_mask_cmp_ps_mask(lanes[i], _mm512_abs_ps(score[i]), infinity, _CMP_NLT_UQ);
+    for (; n_rows >= 4; n_rows -= 4, scores += 4, states += 4, rescale += 4)
+        softmax_rows(scores, 4, lanes, states, rescale);
+    switch (n_rows) {
+    case 1: softmax_rows(scores, 1, lanes, states, rescale); break;
+    case 2: softmax_rows(scores, 2, lanes, states, rescale); break;
+    case 3: softmax_rows(scores, 3, lanes, states, rescale); break;
     }
-    float max = _mm512_reduce_max_ps(maxima);
-    float rescale = state->max == max ? 1.0f : expf(state->max - max);
-    __m512 sum = _mm512_setzero_ps();
-    for (int i = 0; i < 4; i++) {
-        __m512 below = _mm512_sub_ps(score[i], _mm512_set1_ps(max));
-        lanes[i] = _mm512_mask_cmp_ps_mask(lanes[i], below, _mm512_set1_ps(EXP_LOWEST), _CMP_GE_OQ);
-        __m512 weights = _mm512_maskz_mov_ps(lanes[i], exp_avx512(below));
-        sum = _mm512_add_ps(sum, weights);
-        _mm512_storeu_ps(scores + 16 * i, weights);
-    }
-    state->max = max;
-    state->sum = overflowed ? NAN : state->sum * rescale + _mm512_reduce_add_ps(sum);
-    return rescale;
 }
 
 /* Rows 0 .. n_rows-1 of the pointers given, channels c .. c+16*n_registers-1. type, n_rows and n_registers are

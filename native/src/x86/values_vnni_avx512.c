@@ -1,167 +1,214 @@
 /* Weighted BFP12 values in integers: vpdpbusd adds four products of an unsigned byte (a digit of a weight) and a signed
  * one (16 times a mantissa) to each lane. Four tokens stand in a lane's bytes: values are never converted to float.
  *
- *   1. for every block and 4 rows: weight / the row's largest * 2^(exponent - the block's largest), as integers below
- *      2^16, which are two digits of 8 bits; four tokens' digits are a quad:
+ *   1. once a tile, for 4 rows: weight / the row's largest, as integers of 16 bits
+ *   2. for every block: shifted right by what the token's exponent is below the block's largest, as two digits of 8
+ *      bits; four tokens' digits are a quad:
  *          digits [4 rows][2][4 parts][4 strips]
- *   2. for every group of up to 4 words (32 channels) of the block, over its 4 strips:
+ *   3. for every group of up to 4 words (32 channels) of the block, strip after strip:
  *
  *          4 words of 16 tokens --transpose 128-bit parts, then 4 x 4 bytes in each-->
  *          4 registers: tokens 4p .. 4p+3; part w, lane c: byte c of word w
  *            low nibbles:  channels 8w + c      x 4 rows x 2 digits \  16 sums in registers, each product
  *            high nibbles: channels 8w + 4 + c  x 4 rows x 2 digits /  with a quad of digits in all lanes
  *
- *   3. 256 * high digits + low digits, to float, times the largest weight and step, into the accumulators
+ *      and beside the products, whose one multiplier a cycle leaves the other units idle, a row's step 2 of the next
+ *      block for every strip
+ *   4. 256 * high digits + low digits, to float, times the largest weight and step, into the accumulators
  *
- * A product of weight and step is off by at most 2^-17 of the tile's largest weight times the block's largest step.
+ * A product of weight and step is off by at most 2^-16 of the tile's largest weight times the block's largest step.
  * Bytes moved: the tile once for every 4 rows (from L1 after the first).
  */
-#include <immintrin.h>
-
+#include "x86/reduce_avx512.h"
 #include "x86/x86.h"
 
 #define ROWS_AT_ONCE 4
 #define WORDS_AT_ONCE 4
+#define PARTS 4 /* of 128 bits, in a register */
 #define FOURS_PER_TILE (KSORT_TILE_TOKENS / 4)
 #define LARGEST_WEIGHT 65535.0f /* two digits of 8 bits */
 #define SMALLEST_WEIGHT 1e-30f /* less counts as nothing, so that what scales it up stays finite */
 
-/* Low and high digits of a block's weights: a byte a token, four tokens in a word. Word 4p + s has tokens 4p .. 4p+3 of
- * strip s. */
+/* Low and high digits of a row's weights in a block: a byte a token, four tokens in a word. Word 4p + s has tokens
+ * 4p .. 4p+3 of strip s. */
 typedef uint32_t row_digits[2][FOURS_PER_TILE];
 
-struct scaled_rows {
-    __m512 weights[ROWS_AT_ONCE][STRIPS_PER_TILE]; /* up to LARGEST_WEIGHT; 0 outside the span */
-    float largest[ROWS_AT_ONCE];                   /* what they were, before */
+/* Weights of a tile in units of largest / LARGEST_WEIGHT, 16 bits each. Register 0 has strips 0 and 1, register 1
+ * strips 2 and 3: in part p tokens 4p .. 4p+3 of the one, then of the other. */
+struct integer_rows {
+    __m512i weights[ROWS_AT_ONCE][2];
+    float largest[ROWS_AT_ONCE];
 };
 
-/* Exponents of 16 tokens; 0 outside the span, whose bytes may be stale. */
-ALWAYS_INLINE __m512i exponents_of(const struct tile_span *values, uint32_t block, uint32_t token)
-{
-    const uint8_t *exponents = values->tile + exponent_offset(values->layout, block, token);
-    const __m512i tokens = _mm512_add_epi32(_mm512_set1_epi32((int32_t)token),
-                                            _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
-    __mmask16 is_inside = _mm512_cmplt_epu32_mask(tokens, _mm512_set1_epi32((int32_t)values->end)) &
-                          _mm512_cmpge_epu32_mask(tokens, _mm512_set1_epi32((int32_t)values->begin));
-    return _mm512_maskz_cvtepu8_epi32(is_inside, _mm_loadu_si128((const __m128i *)exponents));
-}
+struct block_weights {
+    __m512i shifts[2]; /* a token's step is the largest * 2^-shift; tokens as in integer_rows */
+    __m512i halves[2]; /* 2^shift / 2, for rounding */
+    float unit;        /* value of a mantissa's unit times that of a digit's */
+    _Alignas(64) row_digits digits[ROWS_AT_ONCE];
+};
 
-/* steps[s] = 2^(exponent - largest) of the tokens of strip s, 0 for exponent 0. Returns the largest exponent. */
-ALWAYS_INLINE uint32_t relative_steps(const struct tile_span *values, uint32_t block, __m512 steps[STRIPS_PER_TILE])
+/* Rows whose largest score was surpassed; most tiles have none. */
+static void rescale_rows(uint32_t n_rows, uint32_t head_dim, const float *rescale, float *accumulators, size_t stride)
 {
-    __m512i exponents[STRIPS_PER_TILE], largest = _mm512_setzero_si512();
-    for (int s = 0; s < STRIPS_PER_TILE; s++) {
-        exponents[s] = exponents_of(values, block, STRIP_TOKENS * s);
-        largest = _mm512_max_epi32(largest, exponents[s]);
+    for (uint32_t r = 0; r < n_rows; r++) {
+        if (rescale[r] == 1.0f)
+            continue;
+        float *row = accumulators + r * stride;
+        for (uint32_t c = 0; c < head_dim; c += 16)
+            _mm512_storeu_ps(row + c, _mm512_mul_ps(_mm512_loadu_ps(row + c), _mm512_set1_ps(rescale[r])));
     }
-    int32_t max = _mm512_reduce_max_epi32(largest);
-    for (int s = 0; s < STRIPS_PER_TILE; s++) {
-        __m512i below = _mm512_sub_epi32(exponents[s], _mm512_set1_epi32(max));
-        __m512i bits = _mm512_add_epi32(_mm512_max_epi32(below, _mm512_set1_epi32(-127)), _mm512_set1_epi32(127));
-        __mmask16 is_stored = _mm512_test_epi32_mask(exponents[s], exponents[s]);
-        steps[s] = _mm512_castsi512_ps(_mm512_maskz_slli_epi32(is_stored, bits, 23));
-    }
-    return (uint32_t)max;
 }
 
 /* n_rows is a constant. */
-ALWAYS_INLINE void scale_rows(const float (*weights)[KSORT_TILE_TOKENS], const int n_rows, struct scaled_rows *rows)
+ALWAYS_INLINE void round_rows(const float (*weights)[KSORT_TILE_TOKENS], const int n_rows, struct integer_rows *rows)
 {
+    __m512 largest[4];
     for (int r = 0; r < n_rows; r++) {
-        __m512 largest = _mm512_setzero_ps();
+        __m512 w[STRIPS_PER_TILE];
         for (int s = 0; s < STRIPS_PER_TILE; s++)
-            largest = _mm512_max_ps(largest, _mm512_loadu_ps(&weights[r][STRIP_TOKENS * s]));
-        rows->largest[r] = _mm512_reduce_max_ps(largest);
-        bool counts = rows->largest[r] > SMALLEST_WEIGHT;
-        const __m512 scale = _mm512_set1_ps(counts ? LARGEST_WEIGHT / rows->largest[r] : 0.0f);
+            w[s] = _mm512_loadu_ps(&weights[r][STRIP_TOKENS * s]);
+        largest[r] = _mm512_max_ps(_mm512_max_ps(w[0], w[1]), _mm512_max_ps(w[2], w[3]));
+    }
+    for (int r = n_rows; r < 4; r++)
+        largest[r] = largest[0];
+    __m128 maxima = maxima_of_four(largest);
+    _mm_storeu_ps(rows->largest, maxima);
+    __mmask8 counts = _mm_cmp_ps_mask(maxima, _mm_set1_ps(SMALLEST_WEIGHT), _CMP_GT_OQ);
+    __m512 scales = _mm512_castps128_ps512(_mm_maskz_div_ps(counts, _mm_set1_ps(LARGEST_WEIGHT), maxima));
+    for (int r = 0; r < n_rows; r++) {
+        const __m512 scale = _mm512_permutexvar_ps(_mm512_set1_epi32(r), scales);
+        __m512i w[STRIPS_PER_TILE];
         for (int s = 0; s < STRIPS_PER_TILE; s++)
-            rows->weights[r][s] = _mm512_mul_ps(_mm512_loadu_ps(&weights[r][STRIP_TOKENS * s]), scale);
+            w[s] = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(&weights[r][STRIP_TOKENS * s]), scale));
+        rows->weights[r][0] = _mm512_packus_epi32(w[0], w[1]);
+        rows->weights[r][1] = _mm512_packus_epi32(w[2], w[3]);
     }
 }
 
-/* Digits of the rows' weights times the block's steps. Returns the value of a mantissa's unit in the block times that of
- * a digit's. n_rows is a constant. */
-ALWAYS_INLINE float weigh_block(const struct tile_span *values, uint32_t block, const struct scaled_rows *rows,
-                                   const int n_rows, row_digits *digits)
+/* Bytes of all ones for the span's tokens. */
+ALWAYS_INLINE __m512i tokens_inside(const struct tile_span *values)
+{
+    return _mm512_movm_epi8(UINT64_MAX >> (KSORT_TILE_TOKENS - values->end) & UINT64_MAX << values->begin);
+}
+
+/* Sets all of a block but its digits. Zero blocks, and tokens outside the span, whose bytes may be stale, are shifted
+ * out. */
+ALWAYS_INLINE void compare_exponents(const struct tile_span *values, uint32_t b, __m512i inside,
+                                     struct block_weights *block)
+{
+    const __m512i one = _mm512_set1_epi16(1), byte_one = _mm512_set1_epi8(1);
+    const __m512i in_parts = _mm512_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15);
+    __m512i exponents = _mm512_loadu_si512(values->tile + exponent_offset(values->layout, b, 0));
+    exponents = _mm512_and_si512(exponents, inside);
+    __m256i half = _mm256_max_epu8(_mm512_castsi512_si256(exponents), _mm512_extracti64x4_epi64(exponents, 1));
+    __m128i bytes = _mm_max_epu8(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+    bytes = _mm_max_epu8(bytes, _mm_srli_epi16(bytes, 8));
+    /* there is an instruction for the minimum of 8 lanes: that of 255 - exponent */
+    __m128i complement = _mm_minpos_epu16(_mm_andnot_si128(bytes, _mm_set1_epi16(0xFF)));
+    __m512i largest = _mm512_xor_si512(_mm512_broadcastb_epi8(complement), _mm512_set1_epi8(-1));
+    __m512i is_zero = _mm512_sub_epi8(_mm512_min_epu8(exponents, byte_one), byte_one); /* all ones if so */
+    __m512i below = _mm512_or_si512(_mm512_sub_epi8(largest, exponents), is_zero);
+    below = _mm512_permutexvar_epi32(in_parts, below);
+    block->shifts[0] = _mm512_cvtepu8_epi16(_mm512_castsi512_si256(below));
+    block->shifts[1] = _mm512_cvtepu8_epi16(_mm512_extracti64x4_epi64(below, 1));
+    for (int i = 0; i < 2; i++)
+        block->halves[i] = _mm512_sllv_epi16(one, _mm512_sub_epi16(block->shifts[i], one));
+    uint32_t exponent = 0xFF - (uint32_t)_mm_cvtsi128_si32(complement);
+    /* 2^-2 is BFP12's mantissa unit, and mantissas are multiplied 16 times too large */
+    block->unit = exponent_scale((uint8_t)exponent) * (1 / (64 * LARGEST_WEIGHT));
+}
+
+/* Digits of a row's weights times the block's steps. */
+ALWAYS_INLINE void weigh_row(const __m512i weights[2], const struct block_weights *block, row_digits digits)
 {
     const __m512i low_byte = _mm512_set1_epi16(0xFF);
-    __m512 steps[STRIPS_PER_TILE];
-    uint32_t exponent = relative_steps(values, block, steps);
-    for (int r = 0; r < n_rows; r++) {
-        __m512i weights[STRIPS_PER_TILE];
-        for (int s = 0; s < STRIPS_PER_TILE; s++)
-            weights[s] = _mm512_cvtps_epi32(_mm512_mul_ps(rows->weights[r][s], steps[s]));
-        /* packing works within parts: part p holds, strip after strip, tokens 4p .. 4p+3 */
-        __m512i front = _mm512_packus_epi32(weights[0], weights[1]), back = _mm512_packus_epi32(weights[2], weights[3]);
-        _mm512_store_si512(digits[r][0], _mm512_packus_epi16(_mm512_and_si512(front, low_byte),
-                                                             _mm512_and_si512(back, low_byte)));
-        _mm512_store_si512(digits[r][1],
-                           _mm512_packus_epi16(_mm512_srli_epi16(front, 8), _mm512_srli_epi16(back, 8)));
-    }
-    /* 2^-2 is BFP12's mantissa unit, and mantissas are multiplied 16 times too large */
-    return exponent_scale(exponent) * (1 / (64 * LARGEST_WEIGHT));
+    __m512i w[2];
+    for (int i = 0; i < 2; i++)
+        w[i] = _mm512_srlv_epi16(_mm512_adds_epu16(weights[i], block->halves[i]), block->shifts[i]);
+    /* packing works within parts: part p holds, strip after strip, tokens 4p .. 4p+3 */
+    __m512i low = _mm512_packus_epi16(_mm512_and_si512(w[0], low_byte), _mm512_and_si512(w[1], low_byte));
+    __m512i high = _mm512_packus_epi16(_mm512_srli_epi16(w[0], 8), _mm512_srli_epi16(w[1], 8));
+    _mm512_store_si512(digits[0], low);
+    _mm512_store_si512(digits[1], high);
 }
 
-/* Up to 4 words of strip s's 16 tokens, transposed: fours[4p] has tokens 4p .. 4p+3 of the strip in the bytes of lanes,
- * byte c of word w in lane c of part w. Words from n_words on count as zeros and are not read. */
-ALWAYS_INLINE void load_words(const uint8_t *words, uint32_t n_words, __m512i *fours)
+/* 4 words of a strip's 16 tokens, transposed: fours[p] has tokens 4p .. 4p+3 in the bytes of lanes, byte c of word w in
+ * lane c of part w. (Masked loads in place of offsets that repeat took a quarter more time for the whole.) */
+ALWAYS_INLINE void load_words(const uint8_t *words, const uint32_t offsets[WORDS_AT_ONCE], __m512i fours[PARTS])
 {
     const __m128i columns = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     const __m512i transposed = _mm512_broadcast_i32x4(columns);
     __m512i w[WORDS_AT_ONCE];
-    for (uint32_t i = 0; i < WORDS_AT_ONCE; i++)
-        w[i] = _mm512_maskz_loadu_epi32(i < n_words ? 0xFFFF : 0, words + 64 * i);
+    for (int i = 0; i < WORDS_AT_ONCE; i++)
+        w[i] = _mm512_loadu_si512(words + offsets[i]);
     __m512i front[2] = {_mm512_shuffle_i32x4(w[0], w[1], 0x44), _mm512_shuffle_i32x4(w[2], w[3], 0x44)};
     __m512i back[2] = {_mm512_shuffle_i32x4(w[0], w[1], 0xEE), _mm512_shuffle_i32x4(w[2], w[3], 0xEE)};
     fours[0] = _mm512_shuffle_epi8(_mm512_shuffle_i32x4(front[0], front[1], 0x88), transposed);
-    fours[4] = _mm512_shuffle_epi8(_mm512_shuffle_i32x4(front[0], front[1], 0xDD), transposed);
-    fours[8] = _mm512_shuffle_epi8(_mm512_shuffle_i32x4(back[0], back[1], 0x88), transposed);
-    fours[12] = _mm512_shuffle_epi8(_mm512_shuffle_i32x4(back[0], back[1], 0xDD), transposed);
+    fours[1] = _mm512_shuffle_epi8(_mm512_shuffle_i32x4(front[0], front[1], 0xDD), transposed);
+    fours[2] = _mm512_shuffle_epi8(_mm512_shuffle_i32x4(back[0], back[1], 0x88), transposed);
+    fours[3] = _mm512_shuffle_epi8(_mm512_shuffle_i32x4(back[0], back[1], 0xDD), transposed);
 }
 
-/* sums[r][0] and [1]: for the group's words, channels of low and of high nibbles. n_rows is a constant. */
-ALWAYS_INLINE void multiply_words(const struct tile_span *values, uint32_t word, uint32_t n_words,
-                                  const row_digits *digits, const int n_rows, __m512i sums[ROWS_AT_ONCE][2])
+/* out[c] += sums * scale, for 8 * n_words channels (rounded up to 16), of low and of high nibbles. */
+ALWAYS_INLINE void add_channels(__m512i low, __m512i high, uint32_t n_words, float scale, float *out)
+{
+    const __m512i first_words = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    const __m512i last_words = _mm512_add_epi32(first_words, _mm512_set1_epi32(8));
+    for (uint32_t half = 0; 2 * half < n_words; half++) {
+        __m512i channels = _mm512_permutex2var_epi32(low, half ? last_words : first_words, high);
+        __m512 before = _mm512_loadu_ps(out + 16 * half);
+        _mm512_storeu_ps(out + 16 * half, _mm512_fmadd_ps(_mm512_cvtepi32_ps(channels), _mm512_set1_ps(scale), before));
+    }
+}
+
+ALWAYS_INLINE __m512i join_digits(const __m512i sums[2])
+{
+    return _mm512_add_epi32(_mm512_slli_epi32(sums[1], 8), sums[0]);
+}
+
+/* Adds n_words words (up to WORDS_AT_ONCE) of the block to the accumulators of their first channel, and makes the
+ * digits of the next block, if that is not NULL. n_rows is a constant. */
+ALWAYS_INLINE void accumulate_words(const struct tile_span *values, uint32_t word, uint32_t n_words,
+                                    const struct integer_rows *rows, const struct block_weights *block,
+                                    struct block_weights *next_block, const int n_rows, float *accumulators,
+                                    size_t stride)
 {
     const __m512i high_nibble = _mm512_set1_epi8((char)0xF0);
-    __m512i fours[FOURS_PER_TILE], dots[2][ROWS_AT_ONCE][2];
-    for (uint32_t s = 0; s < STRIPS_PER_TILE; s++)
-        load_words(values->tile + word_offset(values->layout, word, STRIP_TOKENS * s), n_words, fours + s);
+    const size_t offset = word_offset(values->layout, word, 0), strip_stride = strip_bytes(values->layout);
+    const uint8_t *words = values->tile + offset, *next_words = values->next + offset;
+    uint32_t offsets[WORDS_AT_ONCE]; /* words that are missing repeat the last, into channels that are not added */
+    for (uint32_t i = 0; i < WORDS_AT_ONCE; i++)
+        offsets[i] = 64 * (uint32_t)min_size(i, n_words - 1);
+    __m512i dots[2][ROWS_AT_ONCE][2]; /* [nibble][row][digit] */
 #pragma GCC unroll 4
     for (int r = 0; r < n_rows; r++)
         for (int digit = 0; digit < 2; digit++)
             dots[0][r][digit] = dots[1][r][digit] = _mm512_setzero_si512();
 #pragma GCC unroll 1
-    for (uint32_t four = 0; four < FOURS_PER_TILE; four++) {
-        PREFETCH_NEXT(values->next + word_offset(values->layout, word + four / 4, four % 4 * STRIP_TOKENS));
-        __m512i low = _mm512_and_si512(_mm512_slli_epi32(fours[four], 4), high_nibble);
-        __m512i high = _mm512_and_si512(fours[four], high_nibble);
+    for (uint32_t s = 0; s < STRIPS_PER_TILE; s++) {
+        __m512i fours[PARTS];
+        load_words(words + s * strip_stride, offsets, fours);
+        if (next_block && s < (uint32_t)n_rows)
+            weigh_row(rows->weights[s], next_block, next_block->digits[s]);
 #pragma GCC unroll 4
-        for (int r = 0; r < n_rows; r++)
+        for (uint32_t p = 0; p < PARTS; p++) {
+            PREFETCH_NEXT(next_words + 64 * s + p * strip_stride);
+            __m512i low = _mm512_and_si512(_mm512_slli_epi32(fours[p], 4), high_nibble);
+            __m512i high = _mm512_and_si512(fours[p], high_nibble);
+#pragma GCC unroll 4
+            for (int r = 0; r < n_rows; r++)
 #pragma GCC unroll 2
-            for (int digit = 0; digit < 2; digit++) {
-                __m512i weights = _mm512_set1_epi32((int32_t)digits[r][digit][four]);
-                dots[0][r][digit] = _mm512_dpbusd_epi32(dots[0][r][digit], weights, low);
-                dots[1][r][digit] = _mm512_dpbusd_epi32(dots[1][r][digit], weights, high);
-            }
+                for (int digit = 0; digit < 2; digit++) {
+                    __m512i weights = _mm512_set1_epi32((int32_t)block->digits[r][digit][4 * p + s]);
+                    dots[0][r][digit] = _mm512_dpbusd_epi32(dots[0][r][digit], weights, low);
+                    dots[1][r][digit] = _mm512_dpbusd_epi32(dots[1][r][digit], weights, high);
+                }
+        }
     }
 #pragma GCC unroll 4
     for (int r = 0; r < n_rows; r++)
-        for (int nibble = 0; nibble < 2; nibble++)
-            sums[r][nibble] = _mm512_add_epi32(_mm512_slli_epi32(dots[nibble][r][1], 8), dots[nibble][r][0]);
-}
-
-/* out[c] = out[c] * before + sums * scale, for 8 * n_words channels (rounded up to 16). */
-ALWAYS_INLINE void add_channels(const __m512i sums[2], uint32_t n_words, float scale, float before, float *out)
-{
-    const __m512i first_words = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-    const __m512i last_words = _mm512_add_epi32(first_words, _mm512_set1_epi32(8));
-    for (uint32_t half = 0; 2 * half < n_words; half++) {
-        __m512i channels = _mm512_permutex2var_epi32(sums[0], half ? last_words : first_words, sums[1]);
-        __m512 rescaled = _mm512_mul_ps(_mm512_loadu_ps(out + 16 * half), _mm512_set1_ps(before));
-        __m512 sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(channels), _mm512_set1_ps(scale), rescaled);
-        _mm512_storeu_ps(out + 16 * half, sum);
-    }
+        add_channels(join_digits(dots[0][r]), join_digits(dots[1][r]), n_words, rows->largest[r] * block->unit,
+                     accumulators + r * stride);
 }
 
 /* Rows 0 .. n_rows-1 of the pointers given. n_rows is a constant up to ROWS_AT_ONCE. */
@@ -170,22 +217,27 @@ ALWAYS_INLINE void accumulate_rows(const struct tile_span *values, const int n_r
                                    float *accumulators, size_t stride)
 {
     const struct head_layout *layout = values->layout;
-    struct scaled_rows rows;
-    _Alignas(64) row_digits digits[MAX_BLOCKS][ROWS_AT_ONCE];
-    float units[MAX_BLOCKS];
-    __m512i sums[ROWS_AT_ONCE][2];
-    scale_rows(weights, n_rows, &rows);
-    for (uint32_t b = 0; b < layout->n_blocks; b++)
-        units[b] = weigh_block(values, b, &rows, n_rows, digits[b]);
-    for (uint32_t b = 0, word = 0; b < layout->n_blocks; b++)
-        for (uint32_t end = b + 1 < layout->n_blocks ? word + layout->block_size / 8 : layout->n_words; word < end;) {
-            uint32_t n_words = (uint32_t)min_size(end - word, WORDS_AT_ONCE);
-            multiply_words(values, word, n_words, (const row_digits *)digits[b], n_rows, sums);
-            for (int r = 0; r < n_rows; r++)
-                add_channels(sums[r], n_words, rows.largest[r] * units[b], rescale[r],
-                             accumulators + r * stride + 8 * word);
-            word += n_words;
+    const __m512i inside = tokens_inside(values);
+    struct integer_rows rows;
+    struct block_weights blocks[2]; /* block b is in place b % 2 */
+    compare_exponents(values, 0, inside, &blocks[0]);
+    rescale_rows((uint32_t)n_rows, layout->head_dim, rescale, accumulators, stride);
+    round_rows(weights, n_rows, &rows);
+    for (int r = 0; r < n_rows; r++)
+        weigh_row(rows.weights[r], &blocks[0], blocks[0].digits[r]);
+    for (uint32_t b = 0, word = 0; b < layout->n_blocks; b++) {
+        struct block_weights *next_block = NULL;
+        uint32_t end = layout->n_words;
+        if (b + 1 < layout->n_blocks) {
+            end = word + layout->block_size / 8;
+            next_block = &blocks[(b + 1) % 2];
+            compare_exponents(values, b + 1, inside, next_block);
         }
+        for (; word < end; word += WORDS_AT_ONCE, next_block = NULL)
+            accumulate_words(values, word, (uint32_t)min_size(end - word, WORDS_AT_ONCE), &rows, &blocks[b % 2],
+                             next_block, n_rows, accumulators + 8 * word, stride);
+        word = end;
+    }
 }
 
 void ksort_avx512vnni_accumulate_bfp(const struct tile_span *values, uint32_t n_rows,
@@ -196,7 +248,7 @@ void ksort_avx512vnni_accumulate_bfp(const struct tile_span *values, uint32_t n_
         ksort_avx512_accumulate_bfp(values, n_rows, weights, rescale, accumulators, stride);
         return;
     }
-    for (uint32_t b = 0; b < values->layout->n_blocks; b++) /* words are asked for beside each load */
+    for (uint32_t b = 0; b < values->layout->n_blocks; b++) /* words are asked for beside the products */
         PREFETCH_NEXT(values->next + exponent_offset(values->layout, b, 0));
     for (uint32_t row = 0; row < n_rows; row += ROWS_AT_ONCE) {
         float *out = accumulators + row * stride;

@@ -23,8 +23,7 @@ void ksort_avx2_encode_transformed(const struct head_transform *transform, const
 void ksort_avx2_store_f16(const float *x, uint32_t n, uint16_t *out);
 void ksort_avx2_store_bf16(const float *x, uint32_t n, uint16_t *out);
 score_function ksort_avx2_scores_bfp_by_bfp, ksort_avx2_scores_bfp_by_f32, ksort_avx2_scores_float;
-float ksort_avx2_softmax_tile(float scores[KSORT_TILE_TOKENS], uint32_t begin, uint32_t end,
-                              struct softmax_state *state);
+softmax_function ksort_avx2_softmax_tile;
 accumulate_function ksort_avx2_accumulate_float, ksort_avx2_accumulate_bfp;
 void ksort_avx2_linear(const struct linear_block *block);
 void ksort_avx2_rms_norm(float *x, const float *added, const float *gain, uint32_t n, float epsilon, float *y);
@@ -44,8 +43,7 @@ void ksort_avx512_encode_transformed(const struct head_transform *transform, con
 void ksort_avx512_store_f16(const float *x, uint32_t n, uint16_t *out);
 void ksort_avx512_store_bf16(const float *x, uint32_t n, uint16_t *out);
 score_function ksort_avx512_scores_bfp_by_bfp, ksort_avx512_scores_bfp_by_f32, ksort_avx512_scores_float;
-float ksort_avx512_softmax_tile(float scores[KSORT_TILE_TOKENS], uint32_t begin, uint32_t end,
-                                struct softmax_state *state);
+softmax_function ksort_avx512_softmax_tile;
 accumulate_function ksort_avx512_accumulate_float, ksort_avx512_accumulate_bfp;
 void ksort_avx512_linear(const struct linear_block *block);
 void ksort_avx512_rms_norm(float *x, const float *added, const float *gain, uint32_t n, float epsilon, float *y);
