@@ -17,7 +17,8 @@
  *   4. 256 * high digits + low digits, to float, times the largest weight and step, into the accumulators
  *
  * A product of weight and step is off by at most 2^-16 of the tile's largest weight times the block's largest step.
- * Bytes moved: the tile once for every 4 rows (from L1 after the first).
+ * Bytes moved: the tile once for every 4 rows (from L1 after the first). Products: for 4 rows one of 64 bytes for every
+ * 8 channels of a token.
  */
 #include "x86/reduce_avx512.h"
 #include "x86/x86.h"
@@ -41,8 +42,9 @@ struct integer_rows {
 };
 
 struct block_weights {
-    __m512i shifts[2]; /* a token's step is the largest * 2^-shift; tokens as in integer_rows */
-    __m512i halves[2]; /* 2^shift / 2, for rounding */
+    /* A token's step is the largest * 2^-shift. Tokens are as in integer_rows. */
+    __m512i shifts[2]; /* by one less, as the last place is rounded away; 0 for no shift */
+    __m512i whole[2];  /* all ones for no shift */
     float unit;        /* value of a mantissa's unit times that of a digit's */
     _Alignas(64) row_digits digits[ROWS_AT_ONCE];
 };
@@ -109,10 +111,11 @@ ALWAYS_INLINE void compare_exponents(const struct tile_span *values, uint32_t b,
     __m512i is_zero = _mm512_sub_epi8(_mm512_min_epu8(exponents, byte_one), byte_one); /* all ones if so */
     __m512i below = _mm512_or_si512(_mm512_sub_epi8(largest, exponents), is_zero);
     below = _mm512_permutexvar_epi32(in_parts, below);
-    block->shifts[0] = _mm512_cvtepu8_epi16(_mm512_castsi512_si256(below));
-    block->shifts[1] = _mm512_cvtepu8_epi16(_mm512_extracti64x4_epi64(below, 1));
-    for (int i = 0; i < 2; i++)
-        block->halves[i] = _mm512_sllv_epi16(one, _mm512_sub_epi16(block->shifts[i], one));
+    for (int i = 0; i < 2; i++) {
+        __m512i shift = _mm512_cvtepu8_epi16(i ? _mm512_extracti64x4_epi64(below, 1) : _mm512_castsi512_si256(below));
+        block->shifts[i] = _mm512_subs_epu16(shift, one);
+        block->whole[i] = _mm512_sub_epi16(_mm512_min_epu16(shift, one), one);
+    }
     uint32_t exponent = 0xFF - (uint32_t)_mm_cvtsi128_si32(complement);
     /* 2^-2 is BFP12's mantissa unit, and mantissas are multiplied 16 times too large */
     block->unit = exponent_scale((uint8_t)exponent) * (1 / (64 * LARGEST_WEIGHT));
@@ -123,8 +126,10 @@ ALWAYS_INLINE void weigh_row(const __m512i weights[2], const struct block_weight
 {
     const __m512i low_byte = _mm512_set1_epi16(0xFF);
     __m512i w[2];
-    for (int i = 0; i < 2; i++)
-        w[i] = _mm512_srlv_epi16(_mm512_adds_epu16(weights[i], block->halves[i]), block->shifts[i]);
+    for (int i = 0; i < 2; i++) { /* the average of x and 0 is x / 2, rounded; that of x and x is x */
+        __m512i x = _mm512_srlv_epi16(weights[i], block->shifts[i]);
+        w[i] = _mm512_avg_epu16(x, _mm512_and_si512(x, block->whole[i]));
+    }
     /* packing works within parts: part p holds, strip after strip, tokens 4p .. 4p+3 */
     __m512i low = _mm512_packus_epi16(_mm512_and_si512(w[0], low_byte), _mm512_and_si512(w[1], low_byte));
     __m512i high = _mm512_packus_epi16(_mm512_srli_epi16(w[0], 8), _mm512_srli_epi16(w[1], 8));
