@@ -167,7 +167,9 @@ bool is_decode(const attend_job &job)
 
 /* Gives the parts of the workspace their places, and returns its bytes:
  *
- *     | mantissas | exponents | values | partials (decode) |      each begins at a multiple of WORKSPACE_ALIGNMENT
+ *     decode: | mantissas | exponents | partials |      prompt: | values |
+ *
+ * each begins at a multiple of WORKSPACE_ALIGNMENT.
  */
 size_t place_workspace(size_t n_rows, void *workspace, attend_job *job)
 {
@@ -177,11 +179,13 @@ size_t place_workspace(size_t n_rows, void *workspace, attend_job *job)
         bytes += (part_bytes + WORKSPACE_ALIGNMENT - 1) / WORKSPACE_ALIGNMENT * WORKSPACE_ALIGNMENT;
         return workspace ? static_cast<uint8_t *>(workspace) + at : nullptr;
     };
-    job->mantissas = (int8_t *)place(n_rows * job->query_stride);
-    job->exponents = place(n_rows * MAX_BLOCKS);
-    job->values = (__nv_bfloat16 *)place(n_rows * job->k.layout.head_dim * sizeof *job->values);
-    if (is_decode(*job))
+    if (is_decode(*job)) {
+        job->mantissas = (int8_t *)place(n_rows * job->query_stride);
+        job->exponents = place(n_rows * MAX_BLOCKS);
         job->partials = (float *)place(decode_partial_floats(*job) * sizeof *job->partials);
+    } else {
+        job->values = (__nv_bfloat16 *)place(n_rows * job->k.layout.head_dim * sizeof *job->values);
+    }
     return bytes;
 }
 

@@ -27,9 +27,10 @@ struct attend_job {
     uint32_t x_type, n_heads, group, window, max_slots;
     float scale;
     /* Prepared queries, in the workspace: row ((sequence * n_tokens + token) * n_heads + head), written by
-     * prepare_queries. The value of channel c is mantissas[c] * 2^(exponents[c / block_size] - 127 - 6), 0 where the
-     * exponent is 0; exactly what ksort_attend rounds a query to. values are the same in bf16, exactly (below 2^-126 as
-     * subnormals). Mantissas from head_dim to query_stride are 0. */
+     * prepare_queries, in one of two forms; the pointers of the other are NULL.
+     * Decode: the value of channel c is mantissas[c] * 2^(exponents[c / block_size] - 127 - 6), 0 where the exponent is
+     * 0; exactly what ksort_attend rounds a query to. Mantissas from head_dim to query_stride are 0.
+     * Prompt: values are the same in bf16, exactly (below 2^-126 as subnormals). */
     int8_t *mantissas;       /* [rows][query_stride] */
     uint8_t *exponents;      /* [rows][MAX_BLOCKS] */
     __nv_bfloat16 *values;   /* [rows][head_dim] */

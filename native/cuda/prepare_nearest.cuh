@@ -89,28 +89,30 @@ __device__ inline void load_angles_of_chunk(const ksort_rope &rope, uint32_t pos
     }
 }
 
-/* Rounds a row's chunk to BFP16 in blocks of the keys' size, and stores it; zeros where it is refused. */
-template <int HEAD_DIM>
-__device__ inline void store_query_chunk(const attend_job &job, size_t row, uint32_t magnitude, bool is_refused,
-                                         bool is_stored, float (&y)[CHUNK])
+/* Mantissas times their step in bf16, which holds them exactly, subnormal steps too. */
+__device__ inline void store_values(__nv_bfloat16 *values, uint32_t exponent, const uint32_t (&m)[CHUNK])
 {
-    constexpr uint32_t MANTISSA_BITS = 8, LANES = CHUNK_LANES<HEAD_DIM>;
-    constexpr int32_t LARGEST = 127;
+    const __nv_bfloat162 unit = __float2bfloat162_rn(__fmul_rn(0x1p-6f, exponent_scale((uint8_t)exponent)));
+    uint32_t pairs[CHUNK / 2];
+#pragma unroll
+    for (int i = 0; i < CHUNK / 2; i++) {
+        const __nv_bfloat162 pair = __floats2bfloat162_rn(mantissa_of(m[2 * i]), mantissa_of(m[2 * i + 1]));
+        const __nv_bfloat162 value = __hmul2(pair, unit);
+        memcpy(&pairs[i], &value, sizeof value);
+    }
+    *reinterpret_cast<uint4 *>(values) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+}
+
+/* All lanes of the head; mantissas past its end are zeros. */
+template <int HEAD_DIM>
+__device__ inline void store_mantissas(const attend_job &job, size_t row, bool is_stored, uint32_t exponent,
+                                       const uint32_t (&m)[CHUNK])
+{
+    constexpr uint32_t LANES = CHUNK_LANES<HEAD_DIM>;
     const uint32_t lane = lane_of_thread(), chunk = lane % LANES, lanes_a_block = job.k.layout.block_size / CHUNK;
-    const uint32_t block_magnitude = largest_of_block(magnitude, lanes_a_block);
-    const uint32_t exponent = is_refused ? 0 : block_magnitude >> 23;
-    uint32_t m[CHUNK];
-    round_chunk(exponent, MANTISSA_BITS, is_refused ? 0 : LARGEST, y, m);
-    if (is_stored && chunk * CHUNK < job.query_stride) /* what is past the head's end are zeros */
+    if (is_stored && chunk * CHUNK < job.query_stride)
         reinterpret_cast<uint2 *>(job.mantissas + row * job.query_stride)[chunk] =
             make_uint2(quad_of(m[0], m[1], m[2], m[3]), quad_of(m[4], m[5], m[6], m[7]));
-    if (is_stored && chunk * CHUNK < HEAD_DIM) {
-        const float unit = __fmul_rn(0x1p-6f, exponent_scale((uint8_t)exponent)); /* may be subnormal, and is exact */
-#pragma unroll
-        for (int j = 0; j < CHUNK; j++)
-            y[j] = __fmul_rn(mantissa_of(m[j]), unit);
-        store_float_chunk(job.values + row * HEAD_DIM, KSORT_BF16, chunk, y);
-    }
 #pragma unroll
     for (uint32_t first = 0; first < MAX_BLOCKS; first += LANES) {
         const uint32_t block = first + chunk;
@@ -120,6 +122,24 @@ __device__ inline void store_query_chunk(const attend_job &job, size_t row, uint
         if (is_stored && block < MAX_BLOCKS)
             job.exponents[row * MAX_BLOCKS + block] = exists ? (uint8_t)of_block : 0;
     }
+}
+
+/* Rounds a row's chunk to BFP16 in blocks of the keys' size, and stores it; zeros where it is refused. */
+template <int HEAD_DIM>
+__device__ inline void store_query_chunk(const attend_job &job, size_t row, uint32_t magnitude, bool is_refused,
+                                         bool is_stored, float (&y)[CHUNK])
+{
+    constexpr uint32_t MANTISSA_BITS = 8;
+    constexpr int32_t LARGEST = 127;
+    const uint32_t chunk = lane_of_thread() % CHUNK_LANES<HEAD_DIM>;
+    const uint32_t block_magnitude = largest_of_block(magnitude, job.k.layout.block_size / CHUNK);
+    const uint32_t exponent = is_refused ? 0 : block_magnitude >> 23;
+    uint32_t m[CHUNK];
+    round_chunk(exponent, MANTISSA_BITS, is_refused ? 0 : LARGEST, y, m);
+    if (!job.values)
+        store_mantissas<HEAD_DIM>(job, row, is_stored, exponent, m);
+    else if (is_stored && chunk * CHUNK < HEAD_DIM)
+        store_values(job.values + row * HEAD_DIM + chunk * CHUNK, exponent, m);
 }
 
 /* Grid: x = (token, KV head, rows_a_team of its query heads) in teams, y = sequence. */

@@ -3,11 +3,11 @@
  * the one before it is rounded. With few rows: one row.
  *
  *     q [row][head_dim] --RoPE, / scale, rotate, sequence--> x: 32 lanes x HEAD_DIM / 32 registers
- *       --largest of a block--> exponents [row][blocks] u8
- *       --nearest-------------> mantissas [row][query_stride] i8, values [row][head_dim] bf16
+ *       --largest of a block--> exponents [row][blocks] u8 (not for a prompt)
+ *       --nearest-------------> mantissas [row][query_stride] i8, or for a prompt values [row][head_dim] bf16
  *
  * Rows that are told (not finite, or without a position in the RoPE tables) are prepared as zeros, so that attention's
- * outputs of them are finite. Bytes moved, a row: head_dim times 2 or 4 in, 3 head_dim + 16 out.
+ * outputs of them are finite. Bytes moved, a row: head_dim times 2 or 4 in, head_dim + 16 out; for a prompt 2 head_dim.
  */
 #include "prepare_nearest.cuh"
 
@@ -45,8 +45,6 @@ __device__ void store_rounded(const attend_job &job, size_t row, const float (&x
     uint8_t *exponents = job.exponents + row * MAX_BLOCKS;
     uint32_t block_exponents[N];
     block_magnitudes<N>(x, block_size, block_exponents);
-    if (lane < MAX_BLOCKS && lane >= job.k.layout.n_blocks)
-        exponents[lane] = 0;
 #pragma unroll
     for (int i = 0; i < N; i++) {
         if (!holds_channel<HEAD_DIM>(i))
@@ -56,14 +54,21 @@ __device__ void store_rounded(const attend_job &job, size_t row, const float (&x
         /* A block without an exponent (zeros and subnormals) has mantissas 0. */
         const float limit = exponent == 0 ? 0.0f : LARGEST;
         uint32_t bits = mantissa_bits_of(units_of_step(x[i], inverse), -limit, limit);
+        if (job.values) {
+            const float unit = __fmul_rn(0x1p-6f, exponent_scale((uint8_t)exponent)); /* may be subnormal, and is exact */
+            job.values[row * HEAD_DIM + c] = __float2bfloat16_rn(__fmul_rn(mantissa_of(bits), unit));
+            continue;
+        }
         mantissas[c] = (int8_t)bits;
-        job.values[row * HEAD_DIM + c] =
-            __float2bfloat16_rn(__fmul_rn(__fmul_rn(mantissa_of(bits), 0x1p-6f), exponent_scale((uint8_t)exponent)));
         if ((c & (block_size - 1)) == 0) /* a power of two, unknown to the compiler */
             exponents[c >> (__ffs(block_size) - 1)] = (uint8_t)exponent;
     }
+    if (job.values)
+        return;
     for (uint32_t c = HEAD_DIM + lane; c < job.query_stride; c += WARP)
         mantissas[c] = 0;
+    if (lane < MAX_BLOCKS && lane >= job.k.layout.n_blocks)
+        exponents[lane] = 0;
 }
 
 /* Grid: x = (token, group of rows_a_warp query heads) in warps, y = sequence. */
