@@ -1,7 +1,8 @@
-/* Packing. A strip is 16 slots of one head of keys or values; a thread block takes
+/* Packing. A strip is 16 slots of one head of keys or values, a group two strips; a thread block takes
  *
- *     nearest rounding:   a strip of four heads, a thread 8 channels of four tokens    (pack_nearest.cuh)
- *     transformed heads:  a strip of one head, a warp T tokens                         (pack_transformed.cuh)
+ *     nearest rounding, RoPE:   a group of a few heads, a lane a slot                            (pack_rope.cuh)
+ *                       none:   a group of a few heads, a lane 8 channels of four slots a time   (pack_plain.cuh)
+ *     transformed heads:        a strip of one head, a warp T tokens                             (pack_transformed.cuh)
  *
  * Bytes moved, a head of one token: head_dim times 2 or 4 in, head_dim * bits / 8 + blocks out. Besides, mostly from
  * L2: rows of cos and sin and RoPE tables once a block with nearest rounding; of transformed heads all tables once a
@@ -13,41 +14,47 @@
 
 namespace {
 
-/* Of a multiprocessor: what leaves registers enough. */
-constexpr int RESIDENT_NEAREST = 1280, RESIDENT_ANY = 768;
+/* Thread blocks of a multiprocessor: what leaves registers enough. */
+template <int HEAD_DIM>
+constexpr int RESIDENT_NEAREST = (HEAD_DIM <= 128 ? 768 : 1024) / strip_shape<HEAD_DIM>::THREADS;
+template <int HEAD_DIM>
+constexpr int RESIDENT_ANY = 768 / strip_shape<HEAD_DIM>::THREADS;
 
-/* Grid of both kernels: x = strips of the sequence, those of keys first, as RoPE takes longer: alternating, keys and
- * values would go to different multiprocessors; y = KV head or group of them; z = sequence. */
-__device__ inline const pack_side &side_of_block(const pack_work &work, uint32_t &strip_index)
+/* Thread blocks of keys below which each has one head, to use more multiprocessors. */
+constexpr uint64_t FEW_BLOCKS = 64;
+
+/* Grid of both kernels: x = groups or strips of the sequence, those of keys first, as RoPE takes longer: alternating,
+ * keys and values would go to different multiprocessors; y = KV head or group of them; z = sequence. */
+__device__ inline const pack_side &side_of_block(const pack_work &work, uint32_t &index)
 {
-    const uint32_t second = blockIdx.x >= work.n_strips;
-    strip_index = blockIdx.x - second * work.n_strips;
+    const uint32_t second = blockIdx.x >= work.n_parts;
+    index = blockIdx.x - second * work.n_parts;
     return work.sides[second];
 }
 
 template <int HEAD_DIM, uint32_t X_TYPE>
-__global__ void __launch_bounds__(strip_shape<HEAD_DIM>::THREADS, RESIDENT_NEAREST / strip_shape<HEAD_DIM>::THREADS)
+__global__ void __launch_bounds__(strip_shape<HEAD_DIM>::THREADS, RESIDENT_NEAREST<HEAD_DIM>)
     pack_nearest_kernel(const __grid_constant__ pack_work work)
 {
     extern __shared__ uint4 shared_chunks[];
-    uint32_t strip_index;
-    const pack_side &side = side_of_block(work, strip_index);
-    pack_nearest<HEAD_DIM, X_TYPE, true>(work, side, strip_index, reinterpret_cast<uint8_t *>(shared_chunks));
+    uint32_t group_index;
+    const pack_side &side = side_of_block(work, group_index);
+    pack_nearest<HEAD_DIM, X_TYPE, true>(work, side, group_index, reinterpret_cast<uint8_t *>(shared_chunks));
 }
 
 /* One side may have no transform, and neither has one where a rope has more frequencies than can be staged. */
 template <int HEAD_DIM, uint32_t X_TYPE>
-__global__ void __launch_bounds__(strip_shape<HEAD_DIM>::THREADS, RESIDENT_ANY / strip_shape<HEAD_DIM>::THREADS)
+__global__ void __launch_bounds__(strip_shape<HEAD_DIM>::THREADS, RESIDENT_ANY<HEAD_DIM>)
     pack_any_kernel(const __grid_constant__ pack_work work)
 {
     extern __shared__ uint4 shared_chunks[];
     uint8_t *shared = reinterpret_cast<uint8_t *>(shared_chunks);
-    uint32_t strip_index;
-    const pack_side &side = side_of_block(work, strip_index);
+    uint32_t index;
+    const pack_side &side = side_of_block(work, index);
     if (side.is_transformed)
-        pack_transformed<HEAD_DIM>(work, side, strip_index, shared);
+        pack_transformed<HEAD_DIM>(work, side, index, shared);
     else
-        pack_nearest<HEAD_DIM, X_TYPE, false>(work, side, strip_index, shared);
+        pack_nearest<HEAD_DIM, X_TYPE, false>(work, side, index, shared);
 }
 
 pack_work work_of(const pack_job &job)
@@ -72,7 +79,7 @@ cudaError_t launch_kernel(const pack_work &work, bool is_transformed, cudaLaunch
     void (*kernel)(pack_work) = !is_transformed && may_stage_angles<HEAD_DIM>(work.rope)
                                     ? pack_nearest_kernel<HEAD_DIM, X_TYPE>
                                     : pack_any_kernel<HEAD_DIM, X_TYPE>;
-    size_t bytes = nearest_smem_bytes<HEAD_DIM, X_TYPE>();
+    size_t bytes = sizeof(rope_smem<HEAD_DIM, X_TYPE>);
     if (is_transformed && sizeof(pack_smem<HEAD_DIM>) > bytes)
         bytes = sizeof(pack_smem<HEAD_DIM>);
     config.dynamicSmemBytes = bytes;
@@ -88,12 +95,18 @@ template <int HEAD_DIM>
 cudaError_t launch(const pack_job &job, cudaStream_t stream)
 {
     pack_work work = work_of(job);
-    /* n tokens touch the most strips where the first is the last of its strip. */
-    const uint64_t n_strips = ((uint64_t)job.tokens.n_tokens + STRIP_TOKENS - 2) / STRIP_TOKENS + 1;
-    work.n_strips = (uint32_t)n_strips;
     const bool is_transformed = job.has_k_transform || job.has_v_transform;
-    const uint32_t heads_a_block = is_transformed ? 1 : nearest_shape<HEAD_DIM>::HEADS;
-    const uint64_t blocks = n_strips * work.n_sides;
+    const uint32_t slots = is_transformed ? STRIP_TOKENS : GROUP_SLOTS;
+    /* n tokens touch the most strips or groups where the first is the last of its strip. */
+    const uint64_t n_parts = ((uint64_t)job.tokens.n_tokens + slots - 2) / slots + 1;
+    work.n_parts = (uint32_t)n_parts;
+    const uint32_t group_heads =
+        job.x_type == KSORT_F32 ? GROUP_HEADS<HEAD_DIM, KSORT_F32> : GROUP_HEADS<HEAD_DIM, KSORT_F16>;
+    const uint32_t head_groups = (work.n_kv_heads + group_heads - 1) / group_heads;
+    const bool has_few = n_parts * head_groups * job.tokens.n_sequences < FEW_BLOCKS;
+    work.rope_heads = has_few ? 1 : group_heads;
+    const uint32_t heads_a_block = is_transformed || has_few ? 1 : group_heads; /* at least */
+    const uint64_t blocks = n_parts * work.n_sides;
     if (blocks > INT32_MAX)
         return cudaErrorInvalidConfiguration;
     cudaLaunchConfig_t config = {};

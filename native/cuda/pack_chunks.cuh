@@ -1,9 +1,8 @@
-/* Chunks of eight neighbouring channels, each held by one lane: loaded, turned, rounded to the nearest. A head is a row
- * of chunks in neighbouring lanes, and comes through shared memory, where partners in RoPE are looked up. Packing by
- * nearest rounding and preparing queries share this.
+/* Chunks of eight neighbouring channels, each held by one lane: loaded, rounded to the nearest, stored. Packing by
+ * nearest rounding and preparing queries share this; heads of queries also come through shared memory, where
+ * partners in RoPE are looked up.
  *
- * Operations are FORMAT.md's, each rounded on its own. Instructions a value: loading 1, RoPE about 9, maxima 1,
- * rounding and putting mantissas together 5.
+ * Operations are FORMAT.md's, each rounded on its own.
  */
 #ifndef KSORT_PACK_CHUNKS_CUH
 #define KSORT_PACK_CHUNKS_CUH
@@ -21,6 +20,10 @@ constexpr int CHUNK_LANES = HEAD_DIM <= 64 ? 8 : HEAD_DIM <= 128 ? 16 : WARP;
 template <uint32_t X_TYPE>
 constexpr uint32_t ELEMENT_BYTES = X_TYPE == KSORT_F32 ? 4 : 2;
 
+/* Loads of 16 bytes that bring a chunk. */
+template <uint32_t X_TYPE>
+constexpr int CHUNK_PARTS = CHUNK * ELEMENT_BYTES<X_TYPE> / 16;
+
 /* Bytes of a head in shared memory: 16 more than it has, so that neighbouring heads begin in different banks. */
 template <int HEAD_DIM, uint32_t X_TYPE>
 constexpr uint32_t ROW_STRIDE = HEAD_DIM * ELEMENT_BYTES<X_TYPE> + 16;
@@ -36,16 +39,13 @@ __device__ inline void request_chunk(const void *x, size_t at, uint32_t chunk, u
         __pipeline_memcpy_async(row + chunk * BYTES + i, from + i, 16);
 }
 
-/* The values of a row's chunk. */
+/* The values of a chunk. */
 template <uint32_t X_TYPE>
-__device__ inline void load_chunk(const uint8_t *row, uint32_t chunk, float (&y)[CHUNK])
+__device__ inline void chunk_values(const uint4 (&parts)[CHUNK_PARTS<X_TYPE>], float (&y)[CHUNK])
 {
-    constexpr uint32_t PARTS = CHUNK * ELEMENT_BYTES<X_TYPE> / 16;
-    const uint4 *parts = reinterpret_cast<const uint4 *>(row) + chunk * PARTS;
 #pragma unroll
-    for (uint32_t i = 0; i < PARTS; i++) {
-        const uint4 part = parts[i];
-        const uint32_t words[4] = {part.x, part.y, part.z, part.w};
+    for (int i = 0; i < CHUNK_PARTS<X_TYPE>; i++) {
+        const uint32_t words[4] = {parts[i].x, parts[i].y, parts[i].z, parts[i].w};
 #pragma unroll
         for (uint32_t j = 0; j < 4; j++) {
             if (X_TYPE == KSORT_F32) {
@@ -59,6 +59,17 @@ __device__ inline void load_chunk(const uint8_t *row, uint32_t chunk, float (&y)
             }
         }
     }
+}
+
+/* The values of a row's chunk. */
+template <uint32_t X_TYPE>
+__device__ inline void load_chunk(const uint8_t *row, uint32_t chunk, float (&y)[CHUNK])
+{
+    uint4 parts[CHUNK_PARTS<X_TYPE>];
+#pragma unroll
+    for (int i = 0; i < CHUNK_PARTS<X_TYPE>; i++)
+        parts[i] = reinterpret_cast<const uint4 *>(row)[chunk * CHUNK_PARTS<X_TYPE> + i];
+    chunk_values<X_TYPE>(parts, y);
 }
 
 /* y becomes y * cos + (sign * partner) * sin: of channel j of the chunk, partner(j) is the partner's place in the row
@@ -75,11 +86,12 @@ __device__ inline void rope_chunk(const uint8_t *row, Partner partner, Angle ang
 }
 
 /* The chunk's largest magnitude as float bits; beyond infinity's where it holds NaN. */
-__device__ inline uint32_t magnitude_of_chunk(const float (&y)[CHUNK])
+template <int N>
+__device__ inline uint32_t magnitude_of_chunk(const float (&y)[N])
 {
     float largest = larger_magnitude(y[0], y[1]);
 #pragma unroll
-    for (int j = 2; j < CHUNK; j++)
+    for (int j = 2; j < N; j++)
         largest = larger_magnitude(largest, y[j]);
     return float_bits(largest);
 }
@@ -100,38 +112,63 @@ __device__ inline uint32_t lanes_of_head()
     return ALL_LANES >> (WARP - LANES) << lane_of_thread() / LANES * LANES;
 }
 
-/* Rounds a chunk to units of its block's step, in the low bytes of the result as UNITS has it. A block without an
- * exponent (zeros and subnormals) has zeros. `limit`: the largest mantissa; 0 makes zeros of anything.
+/* Rounds values of a block to units of its step, not clamped yet: float bits as UNITS has them. A block without an
+ * exponent (zeros and subnormals) has zeros.
  *
  * Multiplying by 1 / step, a power of two, and adding UNITS is one operation with one rounding. Two operations give the
  * same: their product is exact but where it is below float32's normal range, and there both give 0. 1 / step is beyond
  * float32 for the smallest exponents: such blocks are first brought up. */
-__device__ inline void round_chunk(uint32_t exponent, uint32_t mantissa_bits, int32_t limit, float (&y)[CHUNK],
-                                   uint32_t (&mantissas)[CHUNK])
+template <bool MAY_BE_TINY = true, int N>
+__device__ inline void round_to_units(uint32_t exponent, uint32_t mantissa_bits, float (&y)[N], uint32_t (&rounded)[N])
 {
     constexpr uint32_t RAISE = 16; /* exponents */
     const bool is_tiny = exponent > 0 && exponent < RAISE / 2;
-    if (__any_sync(ALL_LANES, is_tiny)) {
+    if (MAY_BE_TINY && __any_sync(ALL_LANES, is_tiny)) {
         const float raise = is_tiny ? (float)(1 << RAISE) : 1.0f;
         exponent += is_tiny ? RAISE : 0;
 #pragma unroll
-        for (int j = 0; j < CHUNK; j++)
+        for (int j = 0; j < N; j++)
             y[j] = __fmul_rn(y[j], raise);
     }
     /* step_inverse_of's power, and the bias */
     const float inverse = exponent == 0 ? 0.0f : bits_float((mantissa_bits - 2 + 127 - exponent + 127) << 23);
-    const int32_t zero = (int32_t)float_bits(UNITS);
 #pragma unroll
-    for (int j = 0; j < CHUNK; j++) {
-        const int32_t rounded = (int32_t)float_bits(__fmaf_rn(y[j], inverse, UNITS));
-        mantissas[j] = (uint32_t)min(max(rounded, zero - limit), zero + limit);
-    }
+    for (int j = 0; j < N; j++)
+        rounded[j] = float_bits(__fmaf_rn(y[j], inverse, UNITS));
+}
+
+/* Rounds a chunk to units of its block's step, in the low bytes of the result as UNITS has it. `limit`: the largest
+ * mantissa; 0 makes zeros of anything. */
+__device__ inline void round_chunk(uint32_t exponent, uint32_t mantissa_bits, int32_t limit, float (&y)[CHUNK],
+                                   uint32_t (&mantissas)[CHUNK])
+{
+    const int32_t zero = (int32_t)float_bits(UNITS);
+    round_to_units(exponent, mantissa_bits, y, mantissas);
+#pragma unroll
+    for (int j = 0; j < CHUNK; j++)
+        mantissas[j] = (uint32_t)min(max((int32_t)mantissas[j], zero - limit), zero + limit);
 }
 
 /* Four mantissas, in their bytes. */
 __device__ inline uint32_t quad_of(uint32_t m0, uint32_t m1, uint32_t m2, uint32_t m3)
 {
     return __byte_perm(__byte_perm(m0, m1, 0x0040), __byte_perm(m2, m3, 0x0040), 0x5410);
+}
+
+/* The same of values as round_to_units leaves them: their low 16 bits are signed mantissas still to be clamped to
+ * -limit .. limit. From sm_90 on one instruction does two of them. */
+__device__ inline uint32_t clamped_quad(uint32_t u0, uint32_t u1, uint32_t u2, uint32_t u3, int32_t limit)
+{
+#if __CUDA_ARCH__ >= 900
+    const uint32_t high = limit * 0x10001u, low = (uint32_t)-limit << 16 | (-limit & 0xFFFF);
+    const uint32_t first = __vmaxs2(__vmins2(__byte_perm(u0, u1, 0x5410), high), low);
+    const uint32_t second = __vmaxs2(__vmins2(__byte_perm(u2, u3, 0x5410), high), low);
+    return __byte_perm(first, second, 0x6420);
+#else
+    const int32_t zero = (int32_t)float_bits(UNITS);
+    const auto clamped = [&](uint32_t u) { return (uint32_t)min(max((int32_t)u, zero - limit), zero + limit); };
+    return quad_of(clamped(u0), clamped(u1), clamped(u2), clamped(u3));
+#endif
 }
 
 __device__ inline uint32_t bf16_pair(float low, float high)

@@ -20,7 +20,8 @@ struct pack_side {
 struct pack_work {
     pack_side sides[2];
     uint32_t n_sides;
-    uint32_t n_strips; /* that the tokens of a sequence can touch */
+    uint32_t n_parts;    /* strips, or groups of slots with nearest rounding, that the tokens of a sequence can touch */
+    uint32_t rope_heads; /* nearest rounding: heads of a thread block with RoPE */
     uint32_t n_kv_heads;
     ksort_cuda_tokens tokens;
     ksort_rope rope;
@@ -132,6 +133,29 @@ __device__ inline bool may_store(const pack_work &work, const pack_side &side, b
 __device__ inline uint32_t nibbles(uint32_t low, uint32_t high)
 {
     return (low & 0x0F0F0F0Fu) | (high & 0x0F0F0F0Fu) << 4;
+}
+
+/* Stores channels 16 * unit onwards of a token, four quads, as FORMAT.md, "Tiles", packs them into words. */
+__device__ inline void store_quads(const head_layout &layout, uint8_t *tile, uint32_t token, uint32_t unit,
+                                   const uint32_t (&quads)[4])
+{
+    const uint32_t n_words = layout.mantissa_bits / 2;
+    uint32_t *to = reinterpret_cast<uint32_t *>(tile + word_offset(&layout, unit * n_words, token));
+    if (layout.mantissa_bits == 8) {
+#pragma unroll
+        for (int q = 0; q < 4; q++)
+            to[q * STRIP_TOKENS] = quads[q];
+        return;
+    }
+    to[0] = nibbles(quads[0], quads[1]);
+    to[STRIP_TOKENS] = nibbles(quads[2], quads[3]);
+    if (layout.mantissa_bits == 4)
+        return;
+    uint32_t upper = 0;
+#pragma unroll
+    for (int q = 0; q < 4; q++)
+        upper |= (quads[q] >> 4 & 0x03030303u) << 2 * q;
+    to[2 * STRIP_TOKENS] = upper;
 }
 
 #endif /* KSORT_PACK_STRIP_CUH */

@@ -158,29 +158,6 @@ __device__ inline void stage_heads(const head_layout &layout, const warp_heads<H
         }
 }
 
-/* Stores channels 16 * unit onwards of a token, four quads, as FORMAT.md, "Tiles", packs them into words. */
-__device__ inline void store_quads(const head_layout &layout, uint8_t *tile, uint32_t token, uint32_t unit,
-                                   const uint32_t (&quads)[4])
-{
-    const uint32_t n_words = layout.mantissa_bits / 2;
-    uint32_t *to = reinterpret_cast<uint32_t *>(tile + word_offset(&layout, unit * n_words, token));
-    if (layout.mantissa_bits == 8) {
-#pragma unroll
-        for (int q = 0; q < 4; q++)
-            to[q * STRIP_TOKENS] = quads[q];
-        return;
-    }
-    to[0] = nibbles(quads[0], quads[1]);
-    to[STRIP_TOKENS] = nibbles(quads[2], quads[3]);
-    if (layout.mantissa_bits == 4)
-        return;
-    uint32_t upper = 0;
-#pragma unroll
-    for (int q = 0; q < 4; q++)
-        upper |= (quads[q] >> 4 & 0x03030303u) << 2 * q;
-    to[2 * STRIP_TOKENS] = upper;
-}
-
 /* Stores the strip's mantissas and exponents from shared memory; tokens that are not stored keep their bytes. */
 template <int HEAD_DIM, class Smem>
 __device__ inline void store_strip(const head_layout &layout, const strip_place &strip, const Smem &smem)

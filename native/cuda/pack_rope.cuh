@@ -1,0 +1,204 @@
+/* Nearest rounding with RoPE: a lane is a slot, so that a channel's partner, frequency and sign are the same for all
+ * lanes of a warp, and a unit of 32 channels is within a lane. A thread block takes 32 slots of a few heads, two heads
+ * a stage:
+ *
+ *     heads 0, 1    rows  turn  wait  round, store           warp = unit of channels, lane = slot
+ *           2, 3          rows        turn  wait  round ...  wait: the next rows are staged, and units know each
+ *                                                            other's largest magnitudes
+ *
+ * A channel of 32 slots takes shared memory about 7 cycles: 2 for cos and sin, 1 for the partner, 1 for its turn, half
+ * a one for its own value, the rest for staging and maxima.
+ */
+#ifndef KSORT_PACK_ROPE_CUH
+#define KSORT_PACK_ROPE_CUH
+
+#include "pack_rope_rows.cuh"
+
+template <int HEAD_DIM, uint32_t X_TYPE, bool STAGED>
+struct rope_packer {
+    using shape = rope_shape<HEAD_DIM, X_TYPE>;
+    using rows_type = rope_rows<HEAD_DIM, X_TYPE, STAGED>;
+
+    const rows_type &rows;
+
+    /* cos, and sin with the partner's sign. angles: the shared address of the lane's angle of frequency 0. */
+    __device__ float2 angle_of(uint32_t angles, uint32_t own, const channel_turn &turn) const
+    {
+        float2 angle = make_float2(1.0f, 0.0f);
+        if constexpr (STAGED) {
+            angle = load_shared_float2(angles + (turn.angle << 3)); /* bit 31 falls off */
+        } else if (turn.partner != own && rows.is_wanted(rows.lane)) {
+            const size_t position = rows.group.first + rows.lane;
+            const size_t at = position * rows.work.rope.n_frequencies + (turn.angle & ~(1u << 31));
+            angle = make_float2(rows.work.rope.cos[at], rows.work.rope.sin[at]);
+        }
+        angle.y = bits_float(float_bits(angle.y) ^ (turn.angle & 1u << 31));
+        return angle;
+    }
+
+    /* RoPE of the lane's 16 channels of a head from `channel` on. */
+    __device__ void turn_half(uint32_t head, uint32_t channel, float (&y)[HALF_UNIT]) const
+    {
+        constexpr uint32_t BYTES = ELEMENT_BYTES<X_TYPE>;
+        const uint32_t angles = shared_address(&rows.smem.angles[0][rows.lane]);
+        const uint32_t row = shared_address(rows.smem.rows[head][rows.lane]), own_row = row + channel * BYTES;
+        const uint32_t turns = shared_address(&rows.smem.turns[head * HEAD_DIM + channel]);
+#pragma unroll
+        for (int j = 0; j < HALF_UNIT; j += 2) {
+            const uint4 pair = load_shared_uint4(turns + j * sizeof(channel_turn));
+            const channel_turn both[2] = {{pair.x, pair.y}, {pair.z, pair.w}};
+            const float2 own = load_shared_pair<X_TYPE>(own_row + j * BYTES);
+#pragma unroll
+            for (int k = 0; k < 2; k++) {
+                const float2 angle = angle_of(angles, (channel + j + k) * BYTES, both[k]);
+                const float partner = load_shared_value<X_TYPE>(row + both[k].partner);
+                y[j + k] = __fadd_rn(__fmul_rn(k ? own.y : own.x, angle.x), __fmul_rn(partner, angle.y));
+            }
+        }
+    }
+
+    /* A warp's unit in a stage. */
+    struct unit_place {
+        uint32_t head, in_head; /* head of the block; unit of the head */
+        bool exists, has_second;
+
+        __device__ uint32_t channel() const
+        {
+            return in_head * UNIT;
+        }
+    };
+
+    __device__ unit_place unit_of_stage(int stage) const
+    {
+        const uint32_t of_stage = rows.warp / shape::UNITS;
+        unit_place unit;
+        unit.head = stage * shape::STAGE_HEADS + of_stage;
+        unit.in_head = rows.warp % shape::UNITS;
+        unit.exists = of_stage < shape::STAGE_HEADS && unit.head < rows.n_heads;
+        unit.has_second = HEAD_DIM % UNIT == 0 || unit.channel() + HALF_UNIT < HEAD_DIM;
+        return unit;
+    }
+
+    /* RoPE of a unit, and the largest magnitudes of its halves. */
+    __device__ void turn_unit(const unit_place &unit, float (&y)[2][HALF_UNIT], uint32_t (&magnitudes)[2]) const
+    {
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            if (half && !unit.has_second)
+                break;
+            turn_half(unit.head, unit.channel() + half * HALF_UNIT, y[half]);
+            magnitudes[half] = magnitude_of_chunk(y[half]);
+        }
+    }
+
+    /* The largest magnitude of n units of the unit's head from `first` on, of the lane's slot. */
+    __device__ uint32_t largest_of_units(int stage, const unit_place &unit, uint32_t first, uint32_t n) const
+    {
+        const uint32_t of_head = unit.head % shape::STAGE_HEADS * shape::UNITS;
+        uint32_t largest = 0;
+        for (uint32_t u = first; u < first + n && u < shape::UNITS; u++)
+            largest = max(largest, rows.smem.magnitudes[stage % 2][of_head + u][rows.lane]);
+        return largest;
+    }
+
+    /* Whether the lane's slot of the unit's head must not be stored; told by one warp. */
+    __device__ bool is_refused(int stage, const unit_place &unit) const
+    {
+        if (largest_of_units(stage, unit, 0, shape::UNITS) <= largest_storable(rows.side))
+            return false;
+        if (unit.in_head == 0 && rows.is_wanted(rows.lane))
+            tell_refusal<HEAD_DIM, X_TYPE>(rows.work, rows.side, rows.group, rows.group.first + rows.lane,
+                                           rows.first_head + unit.head);
+        return true;
+    }
+
+    /* Stored exponents of the unit's halves. magnitudes: of the halves. */
+    __device__ void find_exponents(int stage, const unit_place &unit, const uint32_t (&magnitudes)[2],
+                                   uint32_t (&exponents)[2]) const
+    {
+        const uint32_t block_size = rows.side.cache.layout.block_size, units = block_size / UNIT; /* a power of two */
+        uint32_t largest = max(magnitudes[0], magnitudes[1]);
+        if (block_size > UNIT)
+            largest = largest_of_units(stage, unit, unit.in_head & ~(units - 1), units);
+        exponents[0] = (block_size < UNIT ? magnitudes[0] : largest) >> 23;
+        exponents[1] = (block_size < UNIT ? magnitudes[1] : largest) >> 23;
+    }
+
+    /* Rounds and stores the lane's unit of a head. */
+    __device__ void store_unit(const unit_place &unit, uint8_t *tile, bool is_stored, const uint32_t (&exponents)[2],
+                               float (&y)[2][HALF_UNIT]) const
+    {
+        const head_layout &layout = rows.side.cache.layout;
+        const uint32_t token = (rows.group.first + rows.lane) % KSORT_TILE_TOKENS;
+        const uint32_t log_block = __ffs(layout.block_size) - 1; /* a power of two, unknown to the compiler */
+        const int32_t limit = (1 << (layout.mantissa_bits - 1)) - 1;
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            if (half && !unit.has_second)
+                break;
+            const uint32_t channel = unit.channel() + half * HALF_UNIT;
+            uint32_t u[HALF_UNIT], quads[HALF_UNIT / 4];
+            round_to_units(exponents[half], layout.mantissa_bits, y[half], u);
+#pragma unroll
+            for (int q = 0; q < HALF_UNIT / 4; q++)
+                quads[q] = clamped_quad(u[4 * q], u[4 * q + 1], u[4 * q + 2], u[4 * q + 3], limit);
+            if (!is_stored)
+                continue;
+            store_quads(layout, tile, token, channel / HALF_UNIT, quads);
+            if ((channel & (layout.block_size - 1)) == 0)
+                tile[exponent_offset(&layout, channel >> log_block, token)] = (uint8_t)exponents[half];
+        }
+    }
+
+    /* All threads of the block; tile: of the block's first head. */
+    __device__ void pack(uint8_t *tile) const
+    {
+        typename rows_type::table_entries tables;
+        rows.load_tables(tables);
+        typename rows_type::lane_angles angles;
+        if (STAGED)
+            rows.load_angles(angles);
+        constexpr int AT_ONCE = rows_type::HEADS_AT_ONCE;
+        const uint8_t *from = rows.first_piece();
+        uint4 pieces[AT_ONCE][rows_type::LOADS];
+#pragma unroll
+        for (int head = 0; head < AT_ONCE; head++)
+            rows.load_rows(from, head, pieces[head]);
+        const auto stage_heads = [&](int first) {
+#pragma unroll
+            for (int head = first; head < first + shape::STAGE_HEADS; head++) {
+                rows.stage_rows(head, pieces[head % AT_ONCE]);
+                if (head + AT_ONCE < shape::HEADS)
+                    rows.load_rows(from, head + AT_ONCE, pieces[head % AT_ONCE]);
+            }
+        };
+        rows.stage_turns(tables);
+        if (STAGED)
+            rows.stage_angles(angles);
+        stage_heads(0);
+        __syncthreads();
+#pragma unroll
+        for (int stage = 0; stage < shape::STAGES; stage++) {
+            const unit_place unit = unit_of_stage(stage);
+            float y[2][HALF_UNIT];
+            uint32_t magnitudes[2] = {0, 0};
+            if (unit.exists) {
+                turn_unit(unit, y, magnitudes);
+                rows.smem.magnitudes[stage % 2][rows.warp][rows.lane] = max(magnitudes[0], magnitudes[1]);
+            }
+            if (stage + 1 < shape::STAGES)
+                stage_heads((stage + 1) * shape::STAGE_HEADS);
+            const uint32_t largest = max(magnitudes[0], magnitudes[1]);
+            const bool wanted = rows.is_wanted(rows.lane);
+            const bool refuses = __syncthreads_or(wanted && largest > largest_storable(rows.side));
+            if (!unit.exists)
+                continue;
+            const bool is_stored = wanted && !(refuses && is_refused(stage, unit));
+            uint32_t exponents[2];
+            find_exponents(stage, unit, magnitudes, exponents);
+            store_unit(unit, tile + unit.head * rows.side.cache.pages.head_stride, is_stored, exponents, y);
+        }
+    }
+};
+
+#endif /* KSORT_PACK_ROPE_CUH */

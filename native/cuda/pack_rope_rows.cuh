@@ -1,0 +1,177 @@
+/* Keys on their way into shared memory, for packing with RoPE (pack_rope.cuh): rows of x, cos and sin, turns.
+ *
+ *     x     --16-byte loads, of all heads at once--> registers --> rows [head][slot] of an odd number of words: lanes,
+ *                                                                  which are slots, read different banks
+ *     cos, sin of 32 positions --> registers --> angles [frequency][slot]         shared by the heads
+ *     partner, frequency, sign           --> turns [head][channel]
+ */
+#ifndef KSORT_PACK_ROPE_ROWS_CUH
+#define KSORT_PACK_ROPE_ROWS_CUH
+
+#include "pack_group.cuh"
+#include "pack_shared.cuh"
+
+constexpr int HALF_UNIT = 16; /* channels: the smallest block, and BFP14's group */
+constexpr int UNIT = 2 * HALF_UNIT;
+
+template <int HEAD_DIM, uint32_t X_TYPE>
+struct rope_shape {
+    static constexpr int THREADS = strip_shape<HEAD_DIM>::THREADS, WARPS = THREADS / WARP;
+    static constexpr int HEADS = GROUP_HEADS<HEAD_DIM, X_TYPE>;
+    static constexpr int UNITS = (HEAD_DIM + UNIT - 1) / UNIT; /* of a head */
+    static constexpr int STAGE_HEADS = HEADS > 1 ? 2 : 1, STAGES = HEADS / STAGE_HEADS;
+    static_assert(STAGE_HEADS * UNITS <= WARPS, "a warp for each unit");
+    static constexpr int ROW_WORDS = HEAD_DIM * ELEMENT_BYTES<X_TYPE> / 4 + 1;
+    static constexpr int NO_TURN = HEAD_DIM / 2;         /* row of angles */
+    static constexpr int ANGLES_A_ROW = GROUP_SLOTS + 1; /* neighbouring frequencies are written to different banks */
+};
+
+/* RoPE of a channel. One that is not turned is its own partner, and its angle is that of NO_TURN, (1, 0). */
+struct channel_turn {
+    uint32_t partner; /* its place in a row in bytes */
+    uint32_t angle;   /* index of lane 0's angle, or the frequency where angles are not staged; bit 31: the partner is
+                         subtracted */
+};
+
+template <int HEAD_DIM, uint32_t X_TYPE>
+struct rope_smem {
+    using shape = rope_shape<HEAD_DIM, X_TYPE>;
+    alignas(16) channel_turn turns[shape::HEADS * HEAD_DIM];
+    float2 angles[shape::NO_TURN + 1][shape::ANGLES_A_ROW]; /* cos and sin */
+    uint32_t rows[shape::HEADS][GROUP_SLOTS][shape::ROW_WORDS];
+    uint32_t magnitudes[2][shape::WARPS][GROUP_SLOTS]; /* of this stage's units and those of the one before */
+};
+
+/* A thread block's keys. STAGED: angles come through shared memory, HEAD_DIM / 2 of them at most. */
+template <int HEAD_DIM, uint32_t X_TYPE, bool STAGED>
+struct rope_rows {
+    using shape = rope_shape<HEAD_DIM, X_TYPE>;
+
+    const pack_work &work;
+    const pack_side &side;
+    const slot_group &group;
+    rope_smem<HEAD_DIM, X_TYPE> &smem;
+    uint32_t first_head, n_heads; /* n_heads: HEADS at most */
+    uint32_t n_packed;            /* slots, as count_packed has them */
+    uint32_t warp, lane;
+
+    /* Whether slot s of the group is to be packed. */
+    __device__ bool is_wanted(uint32_t s) const
+    {
+        return group.first + s - group.n_cached < n_packed;
+    }
+
+    /* Rows come in pieces of 16 bytes: a warp's load is SLOTS_A_LOAD slots x PIECES_A_LOAD pieces, which it writes to
+     * 32 banks. A warp always loads the same pieces of a row. */
+    static constexpr int PIECES = HEAD_DIM * ELEMENT_BYTES<X_TYPE> / 16, PIECES_A_LOAD = 8, SLOTS_A_LOAD = 4;
+    static constexpr int LOADS_A_ROW = PIECES <= 8 ? 1 : PIECES <= 16 ? 2 : PIECES <= 32 ? 4 : 8;
+    static constexpr int SLOT_STEP = SLOTS_A_LOAD * shape::WARPS / LOADS_A_ROW; /* that the block loads together */
+    static constexpr int LOADS = GROUP_SLOTS / SLOT_STEP;                       /* of a head */
+    static constexpr int REGISTER_LOADS = STAGED ? 8 : 4; /* that registers hold */
+    static constexpr int HEADS_AT_ONCE = LOADS * shape::HEADS <= REGISTER_LOADS ? shape::HEADS
+                                         : LOADS < REGISTER_LOADS               ? REGISTER_LOADS / LOADS
+                                                                                : 1;
+
+    __device__ uint32_t piece() const
+    {
+        return warp % LOADS_A_ROW * PIECES_A_LOAD + lane % PIECES_A_LOAD;
+    }
+
+    __device__ uint32_t slot_of_load(int load) const
+    {
+        return load * SLOT_STEP + warp / LOADS_A_ROW * SLOTS_A_LOAD + lane / PIECES_A_LOAD;
+    }
+
+    /* The lane's first piece of head 0: it may be of a slot before the first new one, and is not read then. */
+    __device__ const uint8_t *first_piece() const
+    {
+        const int64_t at = head_of_slot<HEAD_DIM>(work, group, group.first + slot_of_load(0), first_head);
+        return static_cast<const uint8_t *>(side.x) + at * (int64_t)ELEMENT_BYTES<X_TYPE> + 16 * piece();
+    }
+
+    /* from: first_piece() */
+    __device__ void load_rows(const uint8_t *from, int head, uint4 (&pieces)[LOADS]) const
+    {
+        from += head * HEAD_DIM * ELEMENT_BYTES<X_TYPE>;
+#pragma unroll
+        for (int i = 0; i < LOADS; i++, from += SLOT_STEP * work.token_stride * ELEMENT_BYTES<X_TYPE>)
+            if (piece() < PIECES && is_wanted(slot_of_load(i)) && head < n_heads)
+                pieces[i] = __ldcs(reinterpret_cast<const uint4 *>(from));
+    }
+
+    /* Rows that were not loaded hold anything: nobody stores what comes of them. */
+    __device__ void stage_rows(int head, const uint4 (&pieces)[LOADS]) const
+    {
+#pragma unroll
+        for (int i = 0; i < LOADS; i++) {
+            uint32_t *to = smem.rows[head][slot_of_load(i)] + 4 * piece();
+            if (piece() < PIECES)
+                to[0] = pieces[i].x, to[1] = pieces[i].y, to[2] = pieces[i].z, to[3] = pieces[i].w;
+        }
+    }
+
+    /* cos and sin of a warp's share of the positions, which are slots: a lane has every WARP-th frequency. */
+    static constexpr int ANGLE_SLOTS = GROUP_SLOTS / shape::WARPS, ANGLES_A_SLOT = (HEAD_DIM / 2 + WARP - 1) / WARP;
+    using lane_angles = float2[ANGLE_SLOTS][ANGLES_A_SLOT];
+
+    __device__ void load_angles(lane_angles &angles) const
+    {
+        const uint32_t n = work.rope.n_frequencies, first = warp * ANGLE_SLOTS;
+        const size_t at = (size_t)(group.first + first) * n + lane;
+        const float *cosines = work.rope.cos + at, *sines = work.rope.sin + at;
+#pragma unroll
+        for (int s = 0; s < ANGLE_SLOTS; s++, cosines += n, sines += n)
+#pragma unroll
+            for (uint32_t i = 0; i < ANGLES_A_SLOT; i++)
+                if (i * WARP + lane < n && is_wanted(first + s))
+                    angles[s][i] = make_float2(cosines[i * WARP], sines[i * WARP]);
+    }
+
+    /* Angles that were not loaded hold anything, as rows. */
+    __device__ void stage_angles(const lane_angles &angles) const
+    {
+#pragma unroll
+        for (int s = 0; s < ANGLE_SLOTS; s++)
+#pragma unroll
+            for (uint32_t i = 0; i < ANGLES_A_SLOT; i++)
+                if (i * WARP + lane < HEAD_DIM / 2)
+                    smem.angles[i * WARP + lane][warp * ANGLE_SLOTS + s] = angles[s][i];
+        if (warp == 0)
+            smem.angles[shape::NO_TURN][lane] = make_float2(1.0f, 0.0f);
+    }
+
+    /* Tables of the block's channels threadIdx.x, threadIdx.x + THREADS ...: read before they are needed. */
+    static constexpr int CHANNELS = shape::HEADS * HEAD_DIM, TURNS = (CHANNELS + shape::THREADS - 1) / shape::THREADS;
+
+    struct table_entries {
+        uint32_t partner[TURNS], frequency[TURNS];
+        int sign[TURNS];
+    };
+
+    __device__ void load_tables(table_entries &tables) const
+    {
+        const uint32_t last = work.n_kv_heads * HEAD_DIM - 1;
+#pragma unroll
+        for (int i = 0; i < TURNS; i++) {
+            const uint32_t at = min(first_head * HEAD_DIM + i * shape::THREADS + threadIdx.x, last);
+            tables.sign[i] = work.rope.sign[at];
+            tables.partner[i] = work.rope.partner[at];
+            tables.frequency[i] = work.rope.frequency[at];
+        }
+    }
+
+    __device__ void stage_turns(const table_entries &tables) const
+    {
+#pragma unroll
+        for (int i = 0; i < TURNS; i++) {
+            const uint32_t c = i * shape::THREADS + threadIdx.x;
+            const int sign = tables.sign[i];
+            const uint32_t partner = sign ? tables.partner[i] : c % HEAD_DIM, frequency = tables.frequency[i];
+            const uint32_t angle = !STAGED ? frequency : (sign ? frequency : shape::NO_TURN) * shape::ANGLES_A_ROW;
+            if (c < CHANNELS)
+                smem.turns[c] = {partner * ELEMENT_BYTES<X_TYPE>, angle | (sign < 0 ? 1u << 31 : 0)};
+        }
+    }
+};
+
+#endif /* KSORT_PACK_ROPE_ROWS_CUH */
