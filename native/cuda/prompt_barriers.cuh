@@ -46,18 +46,38 @@ __device__ inline void wait_for_phase(uint64_t *barrier, uint32_t parity)
     while (!complete);
 }
 
+/* Whether the phase is complete already. */
+__device__ inline bool is_complete(uint64_t *barrier, uint32_t parity)
+{
+    uint32_t complete;
+    asm volatile("{\n.reg .pred p;\nmbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+                 "selp.u32 %0, 1, 0, p;\n}"
+                 : "=r"(complete)
+                 : "r"(smem_address(barrier)), "r"(parity)
+                 : "memory");
+    return complete;
+}
+
+/* The one arrival of a phase that ends when `bytes` have been copied. */
+__device__ inline void expect_bytes(uint64_t *barrier, uint32_t bytes)
+{
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(smem_address(barrier)), "r"(bytes)
+                 : "memory");
+}
+
+/* Starts a copy of bytes, a multiple of 16, that the barrier counts. */
+__device__ inline void copy_bytes_async(uint8_t *smem, const void *gmem, uint32_t bytes, uint64_t *barrier)
+{
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                 ::"r"(smem_address(smem)), "l"(gmem), "r"(bytes), "r"(smem_address(barrier))
+                 : "memory");
+}
+
 /* Joins THREADS threads; barrier 0 is __syncthreads'. */
 template <int THREADS>
 __device__ inline void join_threads(int barrier)
 {
     asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(THREADS) : "memory");
-}
-
-/* Counts as one of them, without waiting. */
-template <int THREADS>
-__device__ inline void join_later(int barrier)
-{
-    asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "n"(THREADS) : "memory");
 }
 
 #endif

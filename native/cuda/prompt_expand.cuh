@@ -163,24 +163,29 @@ __device__ inline int largest_byte(uint32_t bytes)
     return (int)__reduce_max_sync(~0u, bytes & 0xFF);
 }
 
-/* The largest exponent in a packed tile of BFP or bf16 values, of its first n_valid tokens. Every warp finds it alone:
- * that is shorter than a barrier, but for bf16, where all values are looked through. */
-template <int HEAD_DIM>
-__device__ int largest_exponent(const uint8_t *packed_smem, const head_layout &layout, uint32_t n_valid)
+/* The largest exponent in a packed tile of BFP values, of its first n_valid tokens. Every warp finds it alone: that is
+ * shorter than a barrier. */
+__device__ inline int largest_block_exponent(const uint8_t *packed_smem, const head_layout &layout, uint32_t n_valid)
 {
-    uint32_t largest = 0, lane = threadIdx.x % WARP;
-    if (layout.type == KSORT_BF16) {
-        for (uint32_t i = lane; i < n_valid * HEAD_DIM / CHUNK_CHANNELS; i += WARP) {
-            uint4 x = *(const uint4 *)(packed_smem + i * CHUNK_BYTES);
-            largest = __vmaxu4(largest, __vmaxu4(bf16_exponents(x.x, x.y), bf16_exponents(x.z, x.w)));
-        }
-        return largest_byte(largest);
-    }
-    for (uint32_t i = lane; i < layout.n_blocks * (TILE / 4); i += WARP) {
+    uint32_t largest = 0;
+    for (uint32_t i = threadIdx.x % WARP; i < layout.n_blocks * (TILE / 4); i += WARP) {
         uint32_t token = i % (TILE / 4) * 4;
         uint32_t exponents = *(const uint32_t *)(packed_smem + exponent_offset(&layout, i / (TILE / 4), token));
         uint32_t n = min(max((int)n_valid - (int)token, 0), 4);
         largest = __vmaxu4(largest, n < 4 ? exponents & ((1u << 8 * n) - 1) : exponents);
+    }
+    return largest_byte(largest);
+}
+
+/* The same of bf16 rows, of which all values are looked through: those that are n_warps apart, from `warp` on. */
+template <int HEAD_DIM>
+__device__ inline int largest_row_exponent(const uint8_t *packed_smem, uint32_t n_valid, uint32_t warp,
+                                           uint32_t n_warps)
+{
+    uint32_t largest = 0;
+    for (uint32_t i = warp * WARP + threadIdx.x % WARP; i < n_valid * HEAD_DIM / CHUNK_CHANNELS; i += n_warps * WARP) {
+        uint4 x = *(const uint4 *)(packed_smem + i * CHUNK_BYTES);
+        largest = __vmaxu4(largest, __vmaxu4(bf16_exponents(x.x, x.y), bf16_exponents(x.z, x.w)));
     }
     return largest_byte(largest);
 }
@@ -219,14 +224,12 @@ __device__ inline void expand_rows(uint8_t *panels_smem, const uint8_t *packed_s
     }
 }
 
-/* Expands a staged tile of values. Bytes of tokens from n_valid on are stale: they become finite numbers, whose weights
- * are 0. Returns the top that the tile is scaled by: the larger of `top` and what its values need. */
+/* Expands a staged tile of values, scaled by `top`. Bytes of tokens from n_valid on are stale: they become finite
+ * numbers, whose weights are 0. */
 template <int HEAD_DIM, int THREADS>
-__device__ int expand_values(uint8_t *panels_smem, const uint8_t *packed_smem, const head_layout &layout, int top,
-                             uint32_t n_valid)
+__device__ void expand_values(uint8_t *panels_smem, const uint8_t *packed_smem, const head_layout &layout, int top,
+                              uint32_t n_valid)
 {
-    if (layout.type != KSORT_F16)
-        top = max(top, largest_exponent<HEAD_DIM>(packed_smem, layout, n_valid));
     if (layout.type == KSORT_BFP12)
         expand_mantissas<value_pair, 4, HEAD_DIM, THREADS>(
             panels_smem, packed_smem, layout.block_size,
@@ -237,7 +240,6 @@ __device__ int expand_values(uint8_t *panels_smem, const uint8_t *packed_smem, c
             [=](uint8_t exponent) { return value_scale<8>(exponent, top); });
     else
         expand_rows<HEAD_DIM, THREADS>(panels_smem, packed_smem, layout.type == KSORT_BF16, top, n_valid);
-    return top;
 }
 
 #endif /* KSORT_PROMPT_EXPAND_CUH */

@@ -69,18 +69,6 @@ __device__ inline void wait_for_copies()
     asm volatile("cp.async.wait_all;" ::: "memory");
 }
 
-/* Ends a group of copies. */
-__device__ inline void commit_copies()
-{
-    asm volatile("cp.async.commit_group;" ::: "memory");
-}
-
-/* Waits for all groups but the last. */
-__device__ inline void wait_for_all_but_last_copies()
-{
-    asm volatile("cp.async.wait_group 1;" ::: "memory");
-}
-
 /* A packed tile as it is, by THREADS threads of which this is `thread`. tile_bytes is a multiple of 64. */
 template <int THREADS>
 __device__ inline void fetch_packed(uint8_t *stage_smem, const uint8_t *tile_gmem, uint32_t tile_bytes, uint32_t thread)
@@ -90,18 +78,23 @@ __device__ inline void fetch_packed(uint8_t *stage_smem, const uint8_t *tile_gme
         copy_16_async(stage_smem + byte, tile_gmem + byte, true);
 }
 
-/* A tile of f16 rows straight into panels, with zeros for tokens from n_valid on. */
+/* A tile of f16 rows straight into panels, with zeros for tokens from n_valid on. Eight threads take a row of a panel,
+ * and the same chunk of it in all steps: addresses differ by constants. */
 template <int HEAD_DIM, int THREADS>
 __device__ inline void fetch_f16(uint8_t *panels_smem, const uint8_t *tile_gmem, uint32_t n_valid, uint32_t thread)
 {
-    constexpr uint32_t ROW_CHUNKS = HEAD_DIM / CHUNK_CHANNELS, STEPS = TILE * ROW_CHUNKS / THREADS;
-    static_assert(TILE * ROW_CHUNKS % THREADS == 0, "all threads fetch alike");
+    constexpr uint32_t ROW_CHUNKS = HEAD_DIM / CHUNK_CHANNELS, ROW_BYTES = HEAD_DIM * 2;
+    constexpr uint32_t STEP_ROWS = THREADS / PANEL_CHUNKS;
+    uint32_t row = thread / PANEL_CHUNKS, chunk = thread % PANEL_CHUNKS;
+    uint8_t *smem = panels_smem + chunk_offset(TILE, row, chunk);
+    const uint8_t *gmem = tile_gmem + row * ROW_BYTES + chunk * CHUNK_BYTES;
 #pragma unroll
-    for (uint32_t step = 0; step < STEPS; step++) {
-        uint32_t i = step * THREADS + thread, token = i / ROW_CHUNKS;
-        copy_16_async(panels_smem + chunk_offset(TILE, token, i % ROW_CHUNKS), tile_gmem + i * CHUNK_BYTES,
-                      token < n_valid);
-    }
+    for (uint32_t panel = 0; panel * PANEL_CHUNKS < ROW_CHUNKS; panel++)
+        if (panel * PANEL_CHUNKS + chunk < ROW_CHUNKS)
+#pragma unroll
+            for (uint32_t step = 0; step < TILE; step += STEP_ROWS)
+                copy_16_async(smem + (panel * TILE + step) * PANEL_ROW_BYTES,
+                              gmem + step * ROW_BYTES + panel * PANEL_ROW_BYTES, row + step < n_valid);
 }
 
 #endif /* KSORT_PROMPT_PANELS_CUH */

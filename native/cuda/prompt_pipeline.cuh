@@ -20,9 +20,8 @@ struct prompt_shape {
     static constexpr int ctas_a_multiprocessor = HEAD_DIM == 64 ? 2 : 1; /* as registers allow */
     static constexpr int tile_bytes = panel_bytes<HEAD_DIM>(TILE);
     static constexpr int query_bytes = panel_bytes<HEAD_DIM>(rows);
-    /* Where they fit, queries stay in registers: they pass through the place of keys. Not with 64 channels: there nvcc
-     * 13.0 gives their registers to the weights (wgmma), and every tile but the first meets other queries. */
-    static constexpr bool queries_stay = HEAD_DIM > 64 && HEAD_DIM <= 128;
+    /* Where they fit, queries stay in registers: they pass through the place of keys. */
+    static constexpr bool queries_stay = HEAD_DIM <= 128;
     static constexpr int expanded_bytes = 2 * n_buffers * tile_bytes + (queries_stay ? 0 : query_bytes);
     static_assert(!queries_stay || query_bytes <= n_buffers * tile_bytes, "queries fit in the place of keys");
 };
@@ -153,9 +152,14 @@ struct tile_pipeline {
         if (tile >= block.end_tile)
             return top;
         expand_keys<HEAD_DIM, shape::threads>(keys(tile), stage(tile), job.k.layout);
-        if (staged_values)
-            top = expand_values<HEAD_DIM, shape::threads>(values(tile), stage(tile) + job.k.layout.tile_bytes,
-                                                          job.v.layout, top, n_valid(tile));
+        if (staged_values) {
+            const uint8_t *packed = stage(tile) + job.k.layout.tile_bytes;
+            if (job.v.layout.type == KSORT_BF16)
+                top = max(top, largest_row_exponent<HEAD_DIM>(packed, n_valid(tile), 0, 1));
+            else if (job.v.layout.type != KSORT_F16)
+                top = max(top, largest_block_exponent(packed, job.v.layout, n_valid(tile)));
+            expand_values<HEAD_DIM, shape::threads>(values(tile), packed, job.v.layout, top, n_valid(tile));
+        }
         return top;
     }
 };

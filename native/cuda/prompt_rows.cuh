@@ -9,6 +9,7 @@
 #include "transform.cuh"
 
 #include <float.h>
+#include <type_traits>
 
 constexpr float LOG2_E = 1.44269504f;
 
@@ -76,9 +77,30 @@ struct lane_rows {
     }
 };
 
-/* Finished rows: eight at a time through shared memory (the warp's own staged_row_bytes), so that a warp has a whole
- * row, restored and stored. Rows are 8 floats further apart than long, for the banks. */
-constexpr int STAGED_ROWS = 8;
+/* Two neighbouring channels of a row. */
+template <typename T>
+__device__ inline void store_pair(void *out, size_t place, float x, float y)
+{
+    T *pair = (T *)out + place;
+    if constexpr (sizeof(T) == sizeof(float))
+        *(float2 *)pair = {x, y};
+    else if constexpr (std::is_same_v<T, __half>)
+        *(__half2 *)pair = __floats2half2_rn(x, y);
+    else
+        *(__nv_bfloat162 *)pair = __floats2bfloat162_rn(x, y);
+}
+
+/* Element of `out` at which a row of the block's sequence begins. */
+template <int HEAD_DIM>
+__device__ inline size_t place_of_row(const attend_job &job, const row_block &block, uint32_t row)
+{
+    return block.sequence * job.out_sequence_stride + row / job.group * job.out_token_stride +
+           (block.kv_head * job.group + row % job.group) * HEAD_DIM;
+}
+
+/* Values with a transform are restored by whole rows: four at a time pass through shared memory (the warp's own
+ * staged_row_bytes). Rows are 8 floats further apart than long, for the banks. */
+constexpr int STAGED_ROWS = 4;
 
 template <int HEAD_DIM>
 constexpr int STAGED_ROW_FLOATS = HEAD_DIM + 8;
@@ -87,7 +109,7 @@ template <int HEAD_DIM>
 constexpr int staged_row_bytes = STAGED_ROWS * STAGED_ROW_FLOATS<HEAD_DIM> * sizeof(float);
 
 template <int HEAD_DIM>
-__device__ inline void store_row(const attend_job &job, const row_block &block, uint32_t row, float *row_smem)
+__device__ inline void restore_row(const attend_job &job, const row_block &block, uint32_t row, float *row_smem)
 {
     uint32_t lane = threadIdx.x % WARP;
     float x[CHANNELS_A_LANE<HEAD_DIM>];
@@ -96,16 +118,49 @@ __device__ inline void store_row(const attend_job &job, const row_block &block, 
         uint32_t channel = WARP * j + lane;
         x[j] = channel < HEAD_DIM ? row_smem[channel] : 0.0f;
     }
-    if (job.has_v_transform) {
-        __syncwarp(); /* from here on the row is the transform's scratch */
-        restore_value<HEAD_DIM>(job.v_transform, block.kv_head, row_smem, x);
-    }
-    size_t place = block.sequence * job.out_sequence_stride + row / job.group * job.out_token_stride +
-                   (block.kv_head * job.group + row % job.group) * HEAD_DIM;
+    __syncwarp(); /* from here on the row is the transform's scratch */
+    restore_value<HEAD_DIM>(job.v_transform, block.kv_head, row_smem, x);
+    size_t place = place_of_row<HEAD_DIM>(job, block, row);
 #pragma unroll
     for (int j = 0; j < CHANNELS_A_LANE<HEAD_DIM>; j++)
         if (WARP * j + lane < HEAD_DIM)
             store_float(job.out, job.x_type, place + WARP * j + lane, x[j]);
+}
+
+/* The rows of one half of the lanes' (rows.out[..][2 * half]), by factor and unit. */
+template <int HEAD_DIM>
+__device__ inline void restore_rows(const lane_rows<HEAD_DIM> &rows, int half, float factor, float unit,
+                                    const attend_job &job, const row_block &block, uint32_t first_row,
+                                    float *staged_smem)
+{
+    uint32_t lane = threadIdx.x % WARP;
+    for (uint32_t step = 0; step < 8 / STAGED_ROWS; step++) {
+        if (lane / 4 / STAGED_ROWS == step)
+#pragma unroll
+            for (int n = 0; n < HEAD_DIM / 8; n++) {
+                float2 pair = {rows.out[n][2 * half] * factor * unit, rows.out[n][2 * half + 1] * factor * unit};
+                *(float2 *)(staged_smem + lane / 4 % STAGED_ROWS * STAGED_ROW_FLOATS<HEAD_DIM> + 8 * n +
+                            lane % 4 * 2) = pair;
+            }
+        __syncwarp();
+        for (uint32_t i = 0; i < STAGED_ROWS; i++) {
+            uint32_t row = block.begin + first_row + 8 * half + step * STAGED_ROWS + i;
+            if (row < block.end)
+                restore_row<HEAD_DIM>(job, block, row, staged_smem + i * STAGED_ROW_FLOATS<HEAD_DIM>);
+        }
+        __syncwarp();
+    }
+}
+
+/* Straight from registers: a lane has two neighbouring channels of a row. */
+template <int HEAD_DIM, typename T>
+__device__ inline void store_row_parts(const lane_rows<HEAD_DIM> &rows, int half, float factor, float unit, void *out,
+                                       size_t place)
+{
+#pragma unroll
+    for (int n = 0; n < HEAD_DIM / 8; n++)
+        store_pair<T>(out, place + 8 * n, rows.out[n][2 * half] * factor * unit,
+                      rows.out[n][2 * half + 1] * factor * unit);
 }
 
 template <int HEAD_DIM>
@@ -117,18 +172,18 @@ __device__ inline void store_rows(const lane_rows<HEAD_DIM> &rows, const attend_
 #pragma unroll
     for (int r = 0; r < ROWS_A_LANE; r++) {
         float factor = 1.0f / quad_sum(rows.softmax[r].sum);
-#pragma unroll
-        for (int n = 0; n < HEAD_DIM / 8; n++) {
-            float2 pair = {rows.out[n][2 * r] * factor * unit, rows.out[n][2 * r + 1] * factor * unit};
-            *(float2 *)(staged_smem + lane / 4 * STAGED_ROW_FLOATS<HEAD_DIM> + 8 * n + lane % 4 * 2) = pair;
+        uint32_t row = block.begin + first_row + lane / 4 + 8 * r;
+        if (job.has_v_transform) {
+            restore_rows(rows, r, factor, unit, job, block, first_row, staged_smem);
+        } else if (row < block.end) {
+            size_t place = place_of_row<HEAD_DIM>(job, block, row) + lane % 4 * 2;
+            if (job.x_type == KSORT_F16)
+                store_row_parts<HEAD_DIM, __half>(rows, r, factor, unit, job.out, place);
+            else if (job.x_type == KSORT_BF16)
+                store_row_parts<HEAD_DIM, __nv_bfloat16>(rows, r, factor, unit, job.out, place);
+            else
+                store_row_parts<HEAD_DIM, float>(rows, r, factor, unit, job.out, place);
         }
-        __syncwarp();
-        for (uint32_t i = 0; i < STAGED_ROWS; i++) {
-            uint32_t row = block.begin + first_row + STAGED_ROWS * r + i;
-            if (row < block.end)
-                store_row<HEAD_DIM>(job, block, row, staged_smem + i * STAGED_ROW_FLOATS<HEAD_DIM>);
-        }
-        __syncwarp();
     }
 }
 

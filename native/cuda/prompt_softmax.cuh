@@ -86,41 +86,60 @@ __device__ inline bool raise_bases(const float (&scores)[TILE / 8][4], row_softm
     return true;
 }
 
-/* Turns scores into weights, and adds them to the sums. */
-__device__ inline void soften_scores(float (&scores)[TILE / 8][4], row_softmax (&rows)[ROWS_A_LANE], float log2_scale)
+/* Turns scores of 16 columns into weights. */
+__device__ inline void soften_scores(float (&scores)[TILE / 8][4], const float (&shifts)[ROWS_A_LANE],
+                                     float log2_scale, int step)
 {
 #pragma unroll
-    for (int r = 0; r < ROWS_A_LANE; r++) {
-        float shift = WEIGHT_TOP - (rows[r].base == -INFINITY ? 0.0f : rows[r].base);
-        float sum = 0.0f;
+    for (int n = 2 * step; n < 2 * step + 2; n++)
 #pragma unroll
-        for (int n = 0; n < TILE / 8; n++)
+        for (int e = 0; e < 4; e++)
+            scores[n][e] = exp2_approx(fmaf(scores[n][e], log2_scale, shifts[e / 2]));
+}
+
+/* Weights of 16 columns as left operands in f16, in parts whose sum they are: one part keeps 11 bits, two keep 22. */
+template <int PARTS>
+__device__ inline void split_weights(uint32_t (&p)[PARTS][KEY_STEPS][4], const float (&weights)[TILE / 8][4], int step)
+{
 #pragma unroll
-            for (int e = 2 * r; e < 2 * r + 2; e++) {
-                scores[n][e] = exp2_approx(fmaf(scores[n][e], log2_scale, shift));
-                sum += scores[n][e];
-            }
-        rows[r].sum += sum;
+    for (int i = 0; i < 4; i++) {
+        float x = weights[2 * step + i / 2][i % 2 * 2], y = weights[2 * step + i / 2][i % 2 * 2 + 1];
+#pragma unroll
+        for (int part = 0; part < PARTS; part++) {
+            __half2 rounded = __floats2half2_rn(x, y);
+            p[part][step][i] = as_bits(rounded);
+            x -= __low2float(rounded);
+            y -= __high2float(rounded);
+        }
     }
 }
 
-/* Weights as left operands in f16, in parts whose sum they are: one part keeps 11 bits, two keep 22. */
+/* Turns scores into weights in parts, and adds them to the sums. Exponentials of a step run while the step before is
+ * split: their unit takes eight cycles for a warp. The warp's joins keep nvcc 13.0 from putting them all first. */
 template <int PARTS>
-__device__ inline void split_weights(uint32_t (&p)[PARTS][KEY_STEPS][4], const float (&weights)[TILE / 8][4])
+__device__ inline void weigh_scores(uint32_t (&p)[PARTS][KEY_STEPS][4], float (&scores)[TILE / 8][4],
+                                    row_softmax (&rows)[ROWS_A_LANE], float log2_scale)
 {
+    float shifts[ROWS_A_LANE], sums[ROWS_A_LANE][2] = {};
 #pragma unroll
-    for (int k = 0; k < KEY_STEPS; k++)
+    for (int r = 0; r < ROWS_A_LANE; r++)
+        shifts[r] = WEIGHT_TOP - (rows[r].base == -INFINITY ? 0.0f : rows[r].base);
+    soften_scores(scores, shifts, log2_scale, 0);
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            float x = weights[2 * k + i / 2][i % 2 * 2], y = weights[2 * k + i / 2][i % 2 * 2 + 1];
+    for (int step = 0; step < KEY_STEPS; step++) {
+        if (step + 1 < KEY_STEPS)
+            soften_scores(scores, shifts, log2_scale, step + 1);
 #pragma unroll
-            for (int part = 0; part < PARTS; part++) {
-                __half2 rounded = __floats2half2_rn(x, y);
-                p[part][k][i] = as_bits(rounded);
-                x -= __low2float(rounded);
-                y -= __high2float(rounded);
-            }
-        }
+        for (int n = 2 * step; n < 2 * step + 2; n++)
+#pragma unroll
+            for (int e = 0; e < 4; e++)
+                sums[e / 2][e % 2] += scores[n][e];
+        split_weights<PARTS>(p, scores, step);
+        __syncwarp();
+    }
+#pragma unroll
+    for (int r = 0; r < ROWS_A_LANE; r++)
+        rows[r].sum += sums[r][0] + sums[r][1];
 }
 
 #endif /* KSORT_PROMPT_SOFTMAX_CUH */

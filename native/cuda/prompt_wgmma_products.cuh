@@ -50,6 +50,23 @@ __device__ inline void wgmma_keys(float (&x)[8][4], const uint32_t (&a)[4], uint
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)add));
 }
 
+/* The same with rows of a in shared memory, depth running along a row. */
+__device__ inline void wgmma_keys(float (&x)[8][4], uint64_t a, uint64_t b, bool add)
+{
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+                 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+                 "%32, %33, p, 1, 1, 0, 0;\n}\n"
+                 : "+f"(x[0][0]), "+f"(x[0][1]), "+f"(x[0][2]), "+f"(x[0][3]), "+f"(x[1][0]), "+f"(x[1][1]),
+                   "+f"(x[1][2]), "+f"(x[1][3]), "+f"(x[2][0]), "+f"(x[2][1]), "+f"(x[2][2]), "+f"(x[2][3]),
+                   "+f"(x[3][0]), "+f"(x[3][1]), "+f"(x[3][2]), "+f"(x[3][3]), "+f"(x[4][0]), "+f"(x[4][1]),
+                   "+f"(x[4][2]), "+f"(x[4][3]), "+f"(x[5][0]), "+f"(x[5][1]), "+f"(x[5][2]), "+f"(x[5][3]),
+                   "+f"(x[6][0]), "+f"(x[6][1]), "+f"(x[6][2]), "+f"(x[6][3]), "+f"(x[7][0]), "+f"(x[7][1]),
+                   "+f"(x[7][2]), "+f"(x[7][3])
+                 : "l"(a), "l"(b), "r"((int)add));
+}
+
 /* x[0..7] (64 columns) += a * b; b is rows of depth (V), columns running along a row. */
 __device__ inline void wgmma_values_64(float (*x)[4], const uint32_t (&a)[4], uint64_t b)
 {
@@ -135,6 +152,19 @@ __device__ inline void start_key_product(float (&scores)[TILE / 8][4], const uin
 #pragma unroll
     for (int k = 0; k < HEAD_DIM / 16; k++)
         wgmma_keys(scores, q[k], further(keys, k / 4 * PANEL_BYTES + k % 4 * 32), k > 0);
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+
+/* The same with the 64 rows of q in panels. */
+template <int HEAD_DIM>
+__device__ inline void start_key_product(float (&scores)[TILE / 8][4], const uint8_t *q_smem, const uint8_t *k_smem)
+{
+    uint64_t queries = descriptor(uniform_smem_address(q_smem), 16, ROW_GROUP_BYTES);
+    uint64_t keys = descriptor(uniform_smem_address(k_smem), 16, ROW_GROUP_BYTES);
+#pragma unroll
+    for (int k = 0; k < HEAD_DIM / 16; k++)
+        wgmma_keys(scores, further(queries, k / 4 * PANEL_BYTES + k % 4 * 32),
+                   further(keys, k / 4 * PANEL_BYTES + k % 4 * 32), k > 0);
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
 
