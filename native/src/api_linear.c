@@ -9,7 +9,7 @@
 #include "check.h"
 
 #define REST_SHARE 4           /* of few rows' weights, one in so many is left for short parts */
-#define PART_BYTES (32u << 10) /* a short part: about 2 us of reading, against some 0.1 us for taking it */
+#define PART_BYTES (128u << 10) /* a short part: some 8 us of reading, against up to 0.5 us for taking it from others */
 #define MAX_PARTS 1024
 #define GROUP_OUTPUTS 32 /* a multiple of every kernel's panel */
 
@@ -54,7 +54,7 @@ uint32_t ksort_linear_parts(struct linear_job *job, uint32_t n_threads)
         return (uint32_t)min_size(n_groups(args), MAX_PARTS);
     job->n_long = (uint32_t)min_size(n_threads, MAX_PARTS);
     size_t rest_bytes = args->n_out * row_bytes(args) / REST_SHARE;
-    return job->n_long + (uint32_t)min_size(max_size(rest_bytes / PART_BYTES, 1), MAX_PARTS);
+    return job->n_long + (uint32_t)min_size(max_size(rest_bytes / PART_BYTES, job->n_long), MAX_PARTS);
 }
 
 /* Groups of part ith of nth: of the job's long parts, or of the rest. */
