@@ -29,16 +29,11 @@ template <int HEAD_DIM, int PARTS>
 __device__ inline void add_tile(lane_rows<HEAD_DIM> &rows, const uint32_t (&q)[HEAD_DIM / 16][4],
                                 const tile_pipeline<HEAD_DIM> &tiles, uint32_t tile, int top, float log2_scale)
 {
-    const row_block &block = tiles.block;
-    float scores[TILE / 8][4];
-    key_product<HEAD_DIM>(scores, q, tiles.keys(tile));
-    rows.mask(scores, block, tile, tiles.job.window);
-    float factors[ROWS_A_LANE];
-    if (raise_bases(scores, rows.softmax, factors, log2_scale))
-        rows.rescale(factors);
-    rows.raise_top(top);
     uint32_t p[PARTS][KEY_STEPS][4];
-    weigh_scores<PARTS>(p, scores, rows.softmax, log2_scale);
+    rows.template weigh_tile<PARTS>(
+        p, tiles.job, tiles.block, threadIdx.x / WARP * MMA_ROWS, tile, log2_scale,
+        [&](float(&scores)[TILE / 8][4]) { key_product<HEAD_DIM>(scores, q, tiles.keys(tile)); });
+    rows.raise_top(top);
     value_product<HEAD_DIM, PARTS>(rows.out, p, tiles.values(tile));
 }
 
@@ -66,7 +61,7 @@ __global__ void __launch_bounds__(prompt_shape<HEAD_DIM>::threads, prompt_shape<
     tile_pipeline<HEAD_DIM> tiles = {job, block, smem, stages_values<HEAD_DIM>(job.v.layout)};
     lane_rows<HEAD_DIM> rows;
     uint32_t warp = threadIdx.x / WARP;
-    rows.init(job, block, warp * MMA_ROWS);
+    rows.init(job);
     float log2_scale = log2_scale_of(job);
     uint32_t q[HEAD_DIM / 16][4];
 

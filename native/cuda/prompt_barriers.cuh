@@ -1,75 +1,62 @@
-/* Barriers in shared memory (mbarrier) between warps of prompt attention that make tiles and those that use them. */
+/* Barriers in shared memory (mbarrier), by their addresses there, between warps of prompt attention that make tiles and
+ * those that use them. */
 #ifndef KSORT_PROMPT_BARRIERS_CUH
 #define KSORT_PROMPT_BARRIERS_CUH
 
 #include "prompt_panels.cuh"
 
-constexpr int RING = 3;
-
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-/* A place in a ring of buffers. `parity` is that of the round through the ring. */
-struct ring_place {
-    uint32_t buffer = 0, parity = 0;
-
-    __device__ void advance()
-    {
-        bool wraps = ++buffer == RING;
-        buffer = wraps ? 0 : buffer;
-        parity ^= wraps;
-    }
-};
-
-__device__ inline void init_barrier(uint64_t *barrier, uint32_t n_arrivals)
+__device__ inline void init_barrier(uint32_t barrier, uint32_t n_arrivals)
 {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(smem_address(barrier)), "r"(n_arrivals) : "memory");
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(n_arrivals) : "memory");
 }
 
 /* One arrival of a warp, after all that its lanes did before. */
-__device__ inline void arrive_as_warp(uint64_t *barrier)
+__device__ inline void arrive_as_warp(uint32_t barrier)
 {
     __syncwarp();
     if (threadIdx.x % WARP == 0)
-        asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(smem_address(barrier)) : "memory");
+        asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
 /* Waits until the phase of this parity is complete; the one before the first counts as complete, with parity 1. */
-__device__ inline void wait_for_phase(uint64_t *barrier, uint32_t parity)
+__device__ inline void wait_for_phase(uint32_t barrier, uint32_t parity)
 {
     uint32_t complete;
     do
         asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
                      "selp.u32 %0, 1, 0, p;\n}"
                      : "=r"(complete)
-                     : "r"(smem_address(barrier)), "r"(parity)
+                     : "r"(barrier), "r"(parity)
                      : "memory");
     while (!complete);
 }
 
 /* Whether the phase is complete already. */
-__device__ inline bool is_complete(uint64_t *barrier, uint32_t parity)
+__device__ inline bool is_complete(uint32_t barrier, uint32_t parity)
 {
     uint32_t complete;
     asm volatile("{\n.reg .pred p;\nmbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
                  "selp.u32 %0, 1, 0, p;\n}"
                  : "=r"(complete)
-                 : "r"(smem_address(barrier)), "r"(parity)
+                 : "r"(barrier), "r"(parity)
                  : "memory");
     return complete;
 }
 
 /* The one arrival of a phase that ends when `bytes` have been copied. */
-__device__ inline void expect_bytes(uint64_t *barrier, uint32_t bytes)
+__device__ inline void expect_bytes(uint32_t barrier, uint32_t bytes)
 {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(smem_address(barrier)), "r"(bytes)
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
                  : "memory");
 }
 
 /* Starts a copy of bytes, a multiple of 16, that the barrier counts. */
-__device__ inline void copy_bytes_async(uint8_t *smem, const void *gmem, uint32_t bytes, uint64_t *barrier)
+__device__ inline void copy_bytes_async(uint8_t *smem, const void *gmem, uint32_t bytes, uint32_t barrier)
 {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-                 ::"r"(smem_address(smem)), "l"(gmem), "r"(bytes), "r"(smem_address(barrier))
+                 ::"r"(smem_address(smem)), "l"(gmem), "r"(bytes), "r"(barrier)
                  : "memory");
 }
 

@@ -167,14 +167,19 @@ __device__ inline int largest_byte(uint32_t bytes)
  * shorter than a barrier. */
 __device__ inline int largest_block_exponent(const uint8_t *packed_smem, const head_layout &layout, uint32_t n_valid)
 {
-    uint32_t largest = 0;
-    for (uint32_t i = threadIdx.x % WARP; i < layout.n_blocks * (TILE / 4); i += WARP) {
-        uint32_t token = i % (TILE / 4) * 4;
-        uint32_t exponents = *(const uint32_t *)(packed_smem + exponent_offset(&layout, i / (TILE / 4), token));
-        uint32_t n = min(max((int)n_valid - (int)token, 0), 4);
-        largest = __vmaxu4(largest, n < 4 ? exponents & ((1u << 8 * n) - 1) : exponents);
+    constexpr uint32_t TOKENS = 4; /* of a word */
+    const uint32_t *words = (const uint32_t *)(packed_smem + exponent_offset(&layout, 0, 0));
+    uint32_t first = threadIdx.x % (TILE / TOKENS) * TOKENS; /* token of all the lane's words */
+    uint32_t valid = n_valid >= first + TOKENS ? ~0u : n_valid <= first ? 0 : (1u << 8 * (n_valid - first)) - 1;
+    uint32_t even = 0, odd = 0;
+#pragma unroll 2
+    for (uint32_t i = threadIdx.x % WARP; i < layout.n_blocks * (TILE / TOKENS); i += WARP) {
+        uint32_t exponents = words[i] & valid;
+        even = __vmaxu2(even, exponents & 0x00FF00FF);
+        odd = __vmaxu2(odd, exponents >> 8 & 0x00FF00FF);
     }
-    return largest_byte(largest);
+    uint32_t largest = __vmaxu2(even, odd);
+    return (int)__reduce_max_sync(~0u, max(largest & 0xFFFF, largest >> 16));
 }
 
 /* The same of bf16 rows, of which all values are looked through: those that are n_warps apart, from `warp` on. */

@@ -69,6 +69,19 @@ __device__ inline void wait_for_copies()
     asm volatile("cp.async.wait_all;" ::: "memory");
 }
 
+/* Ends a group of copies: those started since the one before. */
+__device__ inline void group_copies()
+{
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+/* Waits for all groups but the last PENDING. */
+template <int PENDING>
+__device__ inline void wait_for_copies()
+{
+    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
 /* A packed tile as it is, by THREADS threads of which this is `thread`. tile_bytes is a multiple of 64. */
 template <int THREADS>
 __device__ inline void fetch_packed(uint8_t *stage_smem, const uint8_t *tile_gmem, uint32_t tile_bytes, uint32_t thread)

@@ -54,6 +54,17 @@ __device__ inline uint32_t first_seen(uint32_t slot, uint32_t window)
     return window && slot + 1 > window ? slot + 1 - window : 0;
 }
 
+/* Finds the tiles that a block's rows see. */
+__device__ inline void find_tiles(const attend_job &job, row_block &block)
+{
+    uint32_t first_slot = block.n_cached + block.begin / job.group;
+    uint32_t last_slot = block.n_cached + (block.end - 1) / job.group;
+    block.first_tile = first_seen(first_slot, job.window) / TILE;
+    block.end_tile = last_slot / TILE + 1;
+    block.whole_begin = first_seen(last_slot, job.window);
+    block.whole_end = first_slot + 1;
+}
+
 /* Blocks of `rows` rows that a job has, with or without rows of tokens that count. */
 __host__ __device__ inline uint32_t n_row_blocks(const attend_job &job, uint32_t rows)
 {
@@ -78,14 +89,22 @@ __device__ inline bool find_rows(const attend_job &job, uint32_t rows, uint32_t 
     block.end = min(block.begin + rows, n_fit * job.group);
     if (block.begin >= block.end)
         return false;
-    uint32_t first_slot = block.n_cached + block.begin / job.group;
-    uint32_t last_slot = block.n_cached + (block.end - 1) / job.group;
     block.n_slots = block.n_cached + n_fit;
-    block.first_tile = first_seen(first_slot, job.window) / TILE;
-    block.end_tile = last_slot / TILE + 1;
-    block.whole_begin = first_seen(last_slot, job.window);
-    block.whole_end = first_slot + 1;
+    find_tiles(job, block);
     return true;
+}
+
+/* Rows first .. first + n - 1 of a block, as far as it has them, and the tiles that these see: none if there are none. */
+__device__ inline row_block rows_of_block(const attend_job &job, const row_block &block, uint32_t first, uint32_t n)
+{
+    row_block part = block;
+    part.begin = min(block.begin + first, block.end);
+    part.end = min(part.begin + n, block.end);
+    if (part.begin == part.end)
+        part.end_tile = part.first_tile;
+    else
+        find_tiles(job, part);
+    return part;
 }
 
 /* Shared memory: keys (n_buffers), values (n_buffers), queries where they don't stay, then n_buffers stages. */

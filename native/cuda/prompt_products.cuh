@@ -42,6 +42,12 @@ __device__ inline void load_queries(uint32_t (&q)[HEAD_DIM / 16][4], const uint8
 /* mma.sync reads shared memory as everyone does. */
 __device__ inline void publish_panels() {}
 
+/* Whether x is true in any thread that takes part in the same products. */
+__device__ inline bool any_of_partners(bool x)
+{
+    return __any_sync(~0u, x);
+}
+
 __device__ inline void load_matrices_transposed(uint32_t (&r)[4], uint32_t address)
 {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"

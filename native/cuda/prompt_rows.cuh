@@ -8,13 +8,12 @@
 #include "prompt_softmax.cuh"
 #include "transform.cuh"
 
-#include <float.h>
 #include <type_traits>
 
 constexpr float LOG2_E = 1.44269504f;
 
 /* Scores times this are in units of log2; the sign is in the queries. 0 would make 0 * -inf of a masked score. */
-__device__ inline float log2_scale_of(const attend_job &job)
+__host__ __device__ inline float log2_scale_of(const attend_job &job)
 {
     return fmaxf(fabsf(job.scale) * LOG2_E, FLT_MIN);
 }
@@ -24,11 +23,9 @@ template <int HEAD_DIM>
 struct lane_rows {
     float out[HEAD_DIM / 8][4];
     row_softmax softmax[ROWS_A_LANE];
-    int top;                        /* of values: out is scaled by it */
-    uint32_t slots[ROWS_A_LANE];    /* the rows' own */
+    int top; /* of values: out is scaled by it */
 
-    /* first_row: the warp's first, in the block. */
-    __device__ void init(const attend_job &job, const row_block &block, uint32_t first_row)
+    __device__ void init(const attend_job &job)
     {
         top = job.v.layout.type == KSORT_F16 ? UNIT_TOP : FIRST_TOP;
 #pragma unroll
@@ -37,11 +34,8 @@ struct lane_rows {
             for (int e = 0; e < 4; e++)
                 out[n][e] = 0.0f;
 #pragma unroll
-        for (int r = 0; r < ROWS_A_LANE; r++) {
-            uint32_t row = block.begin + first_row + threadIdx.x % WARP / 4 + 8 * r;
-            slots[r] = block.n_cached + min(row, block.end - 1) / job.group;
-            softmax[r] = {-INFINITY, 0.0f};
-        }
+        for (int r = 0; r < ROWS_A_LANE; r++)
+            softmax[r] = {NO_BASE, 0.0f};
     }
 
     __device__ void rescale(const float (&factors)[ROWS_A_LANE])
@@ -63,17 +57,47 @@ struct lane_rows {
         top = new_top;
     }
 
-    /* Scores of a tile that not all rows of the block see as a whole. */
-    __device__ void mask(float (&scores)[TILE / 8][4], const row_block &block, uint32_t tile, uint32_t window) const
+    /* Scores of a tile that not all rows of the block see as a whole. first_row: the warp's first, in the block. */
+    __device__ void mask(float (&scores)[TILE / 8][4], const attend_job &job, const row_block &block,
+                         uint32_t first_row, uint32_t tile) const
     {
         int begin = tile * TILE;
         if (begin >= (int)block.whole_begin && begin + TILE <= (int)block.whole_end)
             return;
         row_view views[ROWS_A_LANE];
 #pragma unroll
-        for (int r = 0; r < ROWS_A_LANE; r++)
-            views[r] = {(int)first_seen(slots[r], window) - begin, (int)slots[r] - begin};
+        for (int r = 0; r < ROWS_A_LANE; r++) {
+            uint32_t row = block.begin + first_row + threadIdx.x % WARP / 4 + 8 * r;
+            uint32_t slot = block.n_cached + min(row, block.end - 1) / job.group;
+            views[r] = {(int)first_seen(slot, job.window) - begin, (int)slot - begin};
+        }
         mask_scores(scores, views);
+    }
+
+    /* Weights of a tile as left operands, in parts; sums get theirs. find_scores(x) makes x the tile's scores. Bases are
+     * raised at the first tile, and where weights turn out too large: then all partners begin again with the scores,
+     * which have become weights. */
+    template <int PARTS, typename FIND_SCORES>
+    __device__ void weigh_tile(uint32_t (&p)[PARTS][KEY_STEPS][4], const attend_job &job, const row_block &block,
+                               uint32_t first_row, uint32_t tile, float log2_scale, FIND_SCORES find_scores)
+    {
+        float x[TILE / 8][4], sums[ROWS_A_LANE];
+        bool raises = tile == block.first_tile, fit;
+        do {
+            find_scores(x);
+            mask(x, job, block, first_row, tile);
+            if (raises) {
+                float factors[ROWS_A_LANE];
+                raise_bases(x, softmax, factors, log2_scale);
+                rescale(factors);
+            }
+            fit = find_weights(x, sums, softmax, log2_scale) || raises;
+            raises = any_of_partners(!fit);
+        } while (raises);
+#pragma unroll
+        for (int r = 0; r < ROWS_A_LANE; r++)
+            softmax[r].sum += sums[r];
+        split_weights<PARTS>(p, x);
     }
 };
 

@@ -7,19 +7,23 @@
 
 #include "prompt_products.cuh"
 
+#include <float.h>
+
 constexpr int ROWS_A_LANE = 2;
 
-/* Weights are 2^WEIGHT_TOP times exp(score - base). The base is a maximum of the row's that stays until a score is more
- * than BASE_SLACK (in log2) above it, as raising it rescales all sums. So weights stay within f16's 65504, and what
- * f16's subnormals lose of the second part of a weight is 2^-32 of the largest. The factor 2^WEIGHT_TOP leaves with the
- * division by the sum. */
+/* Weights are 2^WEIGHT_TOP times exp(score - base). The base is a maximum of the row's that stays until weights exceed
+ * LARGEST_SUM, as raising it rescales all sums: so weights stay within f16's range, and what f16's subnormals lose of the
+ * second part of a weight is 2^-32 of the largest. The factor 2^WEIGHT_TOP leaves with the division by the sum. */
 constexpr float WEIGHT_TOP = 7.0f;
-constexpr float BASE_SLACK = 8.0f;
+constexpr float LARGEST_SUM = 32768.0f; /* of a lane's weights of a row and tile */
 
 struct row_softmax {
-    float base; /* of scores in units of log2: -inf before the first */
-    float sum;  /* of this lane's weights */
+    float shift; /* WEIGHT_TOP less the base, in units of log2; NO_BASE before the first */
+    float sum;   /* of this lane's weights */
 };
+
+/* Makes the weight of any score too large, and that of a masked one, -inf, 0. */
+constexpr float NO_BASE = FLT_MAX;
 
 /* Slots that a row sees of a tile: columns first .. last of it, which may lie outside. */
 struct row_view {
@@ -59,87 +63,60 @@ __device__ inline void mask_scores(float (&scores)[TILE / 8][4], const row_view 
         }
 }
 
-/* Raises the bases where scores are too far above one of the warp's rows; false where none is. factors: what sums of
- * earlier tiles are then to be multiplied by. log2_scale, above 0, takes a score to units of log2. */
-__device__ inline bool raise_bases(const float (&scores)[TILE / 8][4], row_softmax (&rows)[ROWS_A_LANE],
+/* Raises the bases of rows to their largest score. factors: what sums of earlier tiles are then to be multiplied by.
+ * log2_scale, above 0, takes a score to units of log2. */
+__device__ inline void raise_bases(const float (&scores)[TILE / 8][4], row_softmax (&rows)[ROWS_A_LANE],
                                    float (&factors)[ROWS_A_LANE], float log2_scale)
 {
-    float largest[ROWS_A_LANE];
 #pragma unroll
     for (int r = 0; r < ROWS_A_LANE; r++) {
-        largest[r] = fmaxf(scores[0][2 * r], scores[0][2 * r + 1]);
+        float largest = fmaxf(scores[0][2 * r], scores[0][2 * r + 1]);
 #pragma unroll
         for (int n = 1; n < TILE / 8; n++)
-            largest[r] = fmaxf(largest[r], fmaxf(scores[n][2 * r], scores[n][2 * r + 1]));
-        largest[r] *= log2_scale;
-    }
-    if (!__any_sync(~0u, largest[0] > rows[0].base + BASE_SLACK || largest[1] > rows[1].base + BASE_SLACK))
-        return false;
-#pragma unroll
-    for (int r = 0; r < ROWS_A_LANE; r++) {
-        float base = fmaxf(rows[r].base, quad_max(largest[r]));
-        /* A row that has seen nothing yet has -inf, and -inf + inf would be NaN. */
-        factors[r] = base == -INFINITY ? 1.0f : exp2_approx(rows[r].base - base);
-        rows[r].base = base;
+            largest = fmaxf(largest, fmaxf(scores[n][2 * r], scores[n][2 * r + 1]));
+        float shift = fminf(rows[r].shift, WEIGHT_TOP - quad_max(largest) * log2_scale);
+        factors[r] = exp2_approx(shift - rows[r].shift);
+        rows[r].shift = shift;
         rows[r].sum *= factors[r];
     }
-    return true;
 }
 
-/* Turns scores of 16 columns into weights. */
-__device__ inline void soften_scores(float (&scores)[TILE / 8][4], const float (&shifts)[ROWS_A_LANE],
-                                     float log2_scale, int step)
+/* Turns scores into weights; sums: those of the lane. False where weights may be more than f16 holds: looking at their
+ * sums takes few instructions, the maximum of the scores would take one for each. */
+__device__ inline bool find_weights(float (&scores)[TILE / 8][4], float (&sums)[ROWS_A_LANE],
+                                    const row_softmax (&rows)[ROWS_A_LANE], float log2_scale)
 {
+    float parts[ROWS_A_LANE][2] = {};
 #pragma unroll
-    for (int n = 2 * step; n < 2 * step + 2; n++)
+    for (int n = 0; n < TILE / 8; n++)
 #pragma unroll
-        for (int e = 0; e < 4; e++)
-            scores[n][e] = exp2_approx(fmaf(scores[n][e], log2_scale, shifts[e / 2]));
-}
-
-/* Weights of 16 columns as left operands in f16, in parts whose sum they are: one part keeps 11 bits, two keep 22. */
-template <int PARTS>
-__device__ inline void split_weights(uint32_t (&p)[PARTS][KEY_STEPS][4], const float (&weights)[TILE / 8][4], int step)
-{
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        float x = weights[2 * step + i / 2][i % 2 * 2], y = weights[2 * step + i / 2][i % 2 * 2 + 1];
-#pragma unroll
-        for (int part = 0; part < PARTS; part++) {
-            __half2 rounded = __floats2half2_rn(x, y);
-            p[part][step][i] = as_bits(rounded);
-            x -= __low2float(rounded);
-            y -= __high2float(rounded);
+        for (int e = 0; e < 4; e++) {
+            scores[n][e] = exp2_approx(fmaf(scores[n][e], log2_scale, rows[e / 2].shift));
+            parts[e / 2][e % 2] += scores[n][e];
         }
-    }
+#pragma unroll
+    for (int r = 0; r < ROWS_A_LANE; r++)
+        sums[r] = parts[r][0] + parts[r][1];
+    return fmaxf(sums[0], sums[1]) <= LARGEST_SUM;
 }
 
-/* Turns scores into weights in parts, and adds them to the sums. Exponentials of a step run while the step before is
- * split: their unit takes eight cycles for a warp. The warp's joins keep nvcc 13.0 from putting them all first. */
+/* Weights as left operands in f16, in parts whose sum they are: one part keeps 11 bits, two keep 22. */
 template <int PARTS>
-__device__ inline void weigh_scores(uint32_t (&p)[PARTS][KEY_STEPS][4], float (&scores)[TILE / 8][4],
-                                    row_softmax (&rows)[ROWS_A_LANE], float log2_scale)
+__device__ inline void split_weights(uint32_t (&p)[PARTS][KEY_STEPS][4], const float (&weights)[TILE / 8][4])
 {
-    float shifts[ROWS_A_LANE], sums[ROWS_A_LANE][2] = {};
 #pragma unroll
-    for (int r = 0; r < ROWS_A_LANE; r++)
-        shifts[r] = WEIGHT_TOP - (rows[r].base == -INFINITY ? 0.0f : rows[r].base);
-    soften_scores(scores, shifts, log2_scale, 0);
+    for (int step = 0; step < KEY_STEPS; step++)
 #pragma unroll
-    for (int step = 0; step < KEY_STEPS; step++) {
-        if (step + 1 < KEY_STEPS)
-            soften_scores(scores, shifts, log2_scale, step + 1);
+        for (int i = 0; i < 4; i++) {
+            float x = weights[2 * step + i / 2][i % 2 * 2], y = weights[2 * step + i / 2][i % 2 * 2 + 1];
 #pragma unroll
-        for (int n = 2 * step; n < 2 * step + 2; n++)
-#pragma unroll
-            for (int e = 0; e < 4; e++)
-                sums[e / 2][e % 2] += scores[n][e];
-        split_weights<PARTS>(p, scores, step);
-        __syncwarp();
-    }
-#pragma unroll
-    for (int r = 0; r < ROWS_A_LANE; r++)
-        rows[r].sum += sums[r][0] + sums[r][1];
+            for (int part = 0; part < PARTS; part++) {
+                __half2 rounded = __floats2half2_rn(x, y);
+                p[part][step][i] = as_bits(rounded);
+                x -= __low2float(rounded);
+                y -= __high2float(rounded);
+            }
+        }
 }
 
 #endif /* KSORT_PROMPT_SOFTMAX_CUH */

@@ -1,18 +1,20 @@
 /* Prompt attention on Hopper's asynchronous tensor cores (sm_90a), for heads of up to 128 channels. As prompt.cu, but
- * with a warpgroup of its own for making tiles (prompt_producers.cuh), so that no one waits for all others:
+ * with two warpgroups of their own for making tiles (prompt_producers.cuh), so that no one waits for all others:
  *
- *     producer                   | expand K t, expand V t | ... t+1 ...              rings of 3 expanded tiles
- *     consumer 0 (64 rows)       | S(t) = Q K^T | soften | out += P(t) V | S(t+1) ...
- *     consumer 1 (64 rows)       ... | S(t) | soften | out += P(t) V ...             each at its own pace
- *     consumer 2 (64 rows)       V | S(t) | soften ...
+ *     producer of keys           | expand K t | ... t+1 ...                         rings of 3 expanded tiles
+ *     producer of values         | expand V t | ... t+1 ...
+ *     consumer 0 (64 rows)       | S(t) = Q K^T | weights | out += P(t) V | S(t+1) ...
+ *     consumer 1 (64 rows)       ... | S(t) | weights | out += P(t) V ...             each at its own pace
+ *     consumer 2 (64 rows)       V | S(t) | weights ...
  *
- * While some soften, others' products run. Blocks of rows are few where a sequence has few new tokens: then warpgroup 1
- * makes the values and two consumers remain, of more blocks.
+ * While some find weights, others' products run. Two consumers do where blocks of rows are few, for a sequence with few
+ * new tokens, and where weights have two parts, which leave no registers for a third.
  *
  * What it costs: while tensor cores are busy, a scheduler issues only some 0.2 instructions a cycle (measured beside
  * products of either kind), so that instructions of all warps and products take time one after the other rather than
- * at once. For 192 rows and a tile, D 128: 2,304 cycles of products, some 1,650 instructions a scheduler, of which
- * expanding takes 360.
+ * at once. For 192 rows and a tile, D 128, weights in one part, some 3,000 cycles, of which products 1,536; producers of
+ * 4-bit tiles are busy for half to three quarters of it. So consumers look whether tiles are full while products run, as
+ * looking alone takes 100 cycles, and do not look for maxima of scores but where weights turn out too large.
  *
  * A CTA stays for several blocks of rows: producers are at the next while consumers store. Blocks are dealt in turns of
  * alternating direction (longest first), which evens out what CTAs get. Producers begin while prepare_queries still
@@ -24,9 +26,13 @@
 #include "dependent_launch.cuh"
 #include "prompt_producers.cuh"
 
-/* Registers a thread: 128 of the launch, dealt anew in multiples of 8; the second producer has a consumer's. */
-constexpr int PRODUCER_REGISTERS = 80;
-constexpr int CONSUMER_REGISTERS = 144;
+/* Consumers that registers suffice for, and registers a thread: of the launch's, dealt anew in multiples of 8. */
+template <int PARTS>
+constexpr uint32_t CONSUMERS = PARTS == 1 ? MOST_CONSUMERS : LEAST_CONSUMERS;
+template <int PARTS>
+constexpr int PRODUCER_REGISTERS = PARTS == 1 ? 48 : 56;
+template <int PARTS>
+constexpr int CONSUMER_REGISTERS = PARTS == 1 ? 128 : 200;
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
@@ -37,19 +43,23 @@ struct tile_consumer {
     static_assert(4 * staged_row_bytes<HEAD_DIM> <= shape::query_bytes, "rows fit in the place of queries");
     const prompt_job &whole_job;
     const attend_job &job;
-    tile_rings<HEAD_DIM> &rings;
-    uint8_t *smem;
+    const tile_rings<HEAD_DIM> &rings;
     uint32_t consumer;
-    float log2_scale;
+    uint8_t *queries;
+    uint32_t query_address;
 
-    __device__ uint8_t *queries() const { return smem + shape::queries_offset + consumer * shape::query_bytes; }
+    __device__ tile_consumer(const prompt_job &job, const tile_rings<HEAD_DIM> &rings, uint32_t consumer)
+        : whole_job(job), job(job.attend), rings(rings), consumer(consumer),
+          queries(rings.smem + shape::queries_offset + consumer * shape::query_bytes),
+          query_address(uniform_smem_address(queries))
+    {
+    }
     /* The warp's first row, of the consumer's. */
-    __device__ static uint32_t warp_row() { return threadIdx.x % WARPGROUP / WARP * MMA_ROWS; }
-    __device__ uint32_t first_row() const { return consumer * WARPGROUP_ROWS + warp_row(); } /* of the block's */
+    __device__ static uint32_t first_row() { return threadIdx.x % WARPGROUP / WARP * MMA_ROWS; }
 
     /* The consumer's queries into panels; of -q where the scale is negative, so that scores are multiplied by |scale|.
      * Its products of the block before are complete. */
-    __device__ void load_queries(const row_block &block) const
+    __device__ void load_queries(const row_block &rows) const
     {
         constexpr uint32_t ROW_CHUNKS = HEAD_DIM / CHUNK_CHANNELS, CHUNKS = MMA_ROWS * ROW_CHUNKS / WARP;
         uint32_t lane = threadIdx.x % WARP, signs = job.scale < 0.0f ? 0x80008000 : 0;
@@ -57,9 +67,9 @@ struct tile_consumer {
 #pragma unroll
         for (uint32_t i = 0; i < CHUNKS; i++) {
             uint32_t at = i * WARP + lane;
-            uint32_t r = min(block.begin + first_row() + at / ROW_CHUNKS, block.end - 1);
-            size_t token = (size_t)block.sequence * job.tokens.n_tokens + r / job.group;
-            size_t prepared_row = token * job.n_heads + block.kv_head * job.group + r % job.group;
+            uint32_t r = min(rows.begin + first_row() + at / ROW_CHUNKS, rows.end - 1);
+            size_t token = (size_t)rows.sequence * job.tokens.n_tokens + r / job.group;
+            size_t prepared_row = token * job.n_heads + rows.kv_head * job.group + r % job.group;
             x[i] = *(const uint4 *)(job.values + prepared_row * HEAD_DIM + at % ROW_CHUNKS * CHUNK_CHANNELS);
         }
         join_warpgroup();
@@ -67,58 +77,100 @@ struct tile_consumer {
         for (uint32_t i = 0; i < CHUNKS; i++) {
             uint32_t at = i * WARP + lane;
             uint4 signed_x = make_uint4(x[i].x ^ signs, x[i].y ^ signs, x[i].z ^ signs, x[i].w ^ signs);
-            *(uint4 *)(queries() + chunk_offset(WARPGROUP_ROWS, warp_row() + at / ROW_CHUNKS, at % ROW_CHUNKS)) =
+            *(uint4 *)(queries + chunk_offset(WARPGROUP_ROWS, first_row() + at / ROW_CHUNKS, at % ROW_CHUNKS)) =
                 signed_x;
         }
         publish_panels();
         join_warpgroup();
     }
 
-    /* Scores of a tile of keys. */
-    __device__ void find_scores(float (&scores)[TILE / 8][4], ring_place at, bool is_full) const
+    /* A tile of the rings: where it is, and what was found out about it while products ran. */
+    struct tile_place {
+        ring_place at;
+        uint32_t keys, values; /* addresses */
+        bool has_keys, has_values;
+
+        __device__ void wait_for_keys(const tile_rings<HEAD_DIM> &rings) const
+        {
+            if (!has_keys)
+                wait_for_phase(rings.full_keys(at.buffer), at.parity);
+        }
+        __device__ void wait_for_values(const tile_rings<HEAD_DIM> &rings) const
+        {
+            if (!has_values)
+                wait_for_phase(rings.full_values(at.buffer), at.parity);
+        }
+    };
+
+    /* Scores of a tile of keys that is there. */
+    __device__ void find_scores(float (&scores)[TILE / 8][4], tile_place &tile) const
     {
-        if (!is_full)
-            wait_for_phase(&rings.full_keys[at.buffer], at.parity);
         begin_products(scores);
-        start_key_product<HEAD_DIM>(scores, queries(), rings.keys(smem, at.buffer));
+        start_key_product<HEAD_DIM>(scores, query_address, tile.keys);
+        tile.has_values = is_complete(rings.full_values(tile.at.buffer), tile.at.parity);
+        tile.values = uniform(rings.value_address(tile.at.buffer));
         wait_for_products<0>();
         pin(scores);
-        arrive_as_warp(&rings.free_keys[at.buffer]);
     }
 
-    /* out += P V of a tile of values. Returns whether the next tile of keys is full: looking takes a while, as long as
-     * products that run meanwhile. */
-    __device__ bool add_values(lane_rows<HEAD_DIM> &rows, const uint32_t (&p)[PARTS][KEY_STEPS][4], ring_place at,
-                               ring_place next) const
+    /* out += P V of a tile of values. Looks for the next tile of keys, which takes a while, meanwhile. */
+    __device__ void add_values(lane_rows<HEAD_DIM> &rows, const uint32_t (&p)[PARTS][KEY_STEPS][4],
+                               const tile_place &tile, tile_place &next) const
     {
-        wait_for_phase(&rings.full_values[at.buffer], at.parity);
-        rows.raise_top(rings.tops[at.buffer]);
+        tile.wait_for_values(rings);
+        rows.raise_top(rings.top(tile.at.buffer));
         begin_products(rows.out);
-        start_value_product<HEAD_DIM, PARTS>(rows.out, p, rings.values(smem, at.buffer));
-        bool is_full = is_complete(&rings.full_keys[next.buffer], next.parity);
+        start_value_product<HEAD_DIM, PARTS>(rows.out, p, tile.values);
+        next.at = tile.at;
+        next.at.advance();
+        next.keys = uniform(rings.key_address(next.at.buffer));
+        next.has_keys = is_complete(rings.full_keys(next.at.buffer), next.at.parity);
         wait_for_products<0>();
         pin(rows.out);
-        arrive_as_warp(&rings.free_values[at.buffer]);
-        return is_full;
+        arrive_as_warp(rings.free_values(tile.at.buffer));
     }
 
-    /* The tiles of a block. */
-    __device__ void add_tiles(lane_rows<HEAD_DIM> &rows, const row_block &block, ring_place &at) const
+    /* Tiles of a block that none of the consumer's rows sees. */
+    __device__ void leave_tiles(uint32_t n_tiles, ring_place &at) const
     {
-        bool is_full = false;
-        for (uint32_t tile = block.first_tile; tile < block.end_tile; tile++) {
-            float scores[TILE / 8][4], factors[ROWS_A_LANE];
-            uint32_t p[PARTS][KEY_STEPS][4];
-            ring_place next = at;
-            next.advance();
-            find_scores(scores, at, is_full);
-            rows.mask(scores, block, tile, job.window);
-            if (raise_bases(scores, rows.softmax, factors, log2_scale))
-                rows.rescale(factors);
-            weigh_scores<PARTS>(p, scores, rows.softmax, log2_scale);
-            is_full = add_values(rows, p, at, next);
-            at = next;
+        for (; n_tiles > 0; n_tiles--) {
+            wait_for_phase(rings.full_keys(at.buffer), at.parity);
+            arrive_as_warp(rings.free_keys(at.buffer));
+            wait_for_phase(rings.full_values(at.buffer), at.parity);
+            arrive_as_warp(rings.free_values(at.buffer));
+            at.advance();
         }
+    }
+
+    /* The tiles that the consumer's rows see. */
+    __device__ void add_tiles(lane_rows<HEAD_DIM> &rows, const row_block &own, ring_place &at) const
+    {
+        tile_place tile = {at, uniform(rings.key_address(at.buffer)), 0, false, false};
+        for (uint32_t slot_tile = own.first_tile; slot_tile < own.end_tile; slot_tile++) {
+            uint32_t p[PARTS][KEY_STEPS][4];
+            tile_place next = {};
+            tile.wait_for_keys(rings);
+            rows.template weigh_tile<PARTS>(p, job, own, first_row(), slot_tile, whole_job.log2_scale,
+                                            [&](float(&scores)[TILE / 8][4]) { find_scores(scores, tile); });
+            arrive_as_warp(rings.free_keys(tile.at.buffer));
+            add_values(rows, p, tile, next);
+            tile = next;
+        }
+        at = tile.at;
+    }
+
+    __device__ void add_block(const row_block &block, const row_block &own, ring_place &at) const
+    {
+        lane_rows<HEAD_DIM> rows;
+        rows.init(job);
+        load_queries(own);
+        leave_tiles(own.first_tile - block.first_tile, at);
+        add_tiles(rows, own, at);
+        leave_tiles(block.end_tile - own.end_tile, at);
+        if (job.has_v_transform)
+            join_warpgroup(); /* queries make room for rows */
+        store_rows<HEAD_DIM>(rows, job, own, first_row(),
+                             (float *)(queries + first_row() / MMA_ROWS * (shape::query_bytes / 4)));
     }
 
     __device__ void run() const
@@ -129,51 +181,47 @@ struct tile_consumer {
         for (uint32_t turn = 0; turn * gridDim.x < n_blocks; turn++) {
             if (block_of_turn(turn) >= n_blocks || !find_rows(job, whole_job.rows(), block_of_turn(turn), block))
                 continue;
-            lane_rows<HEAD_DIM> rows;
-            rows.init(job, block, first_row());
-            load_queries(block);
-            add_tiles(rows, block, at);
-            if (job.has_v_transform)
-                join_warpgroup(); /* queries make room for rows */
-            store_rows<HEAD_DIM>(rows, job, block, first_row(),
-                                 (float *)(queries() + warp_row() / MMA_ROWS * (shape::query_bytes / 4)));
+            row_block own = rows_of_block(job, block, consumer * WARPGROUP_ROWS, WARPGROUP_ROWS);
+            if (own.begin < own.end)
+                add_block(block, own, at);
+            else
+                leave_tiles(block.end_tile - block.first_tile, at);
         }
     }
 };
 
-/* Launched with so many threads; code for other devices has no body, and takes one: launch_prompt_wgmma looks. */
-constexpr int WGMMA_THREADS = wgmma_shape<64>::threads;
+/* Launched with so many threads at most; code for other devices has no body, and takes one: launch_prompt_wgmma looks. */
+template <int PARTS>
+constexpr int WGMMA_THREADS = (N_PRODUCERS + CONSUMERS<PARTS>) * WARPGROUP;
 #else
+template <int PARTS>
 constexpr int WGMMA_THREADS = 1;
 #endif
 
 template <int HEAD_DIM, int PARTS>
-__global__ void __launch_bounds__(WGMMA_THREADS, 1) prompt_wgmma_kernel(const __grid_constant__ prompt_job job)
+__global__ void __launch_bounds__(WGMMA_THREADS<PARTS>, 1) prompt_wgmma_kernel(const __grid_constant__ prompt_job job)
 {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     extern __shared__ __align__(1024) uint8_t smem[];
-    __shared__ tile_rings<HEAD_DIM> rings;
+    __shared__ ring_state state;
+    const tile_rings<HEAD_DIM> rings(state, smem);
     if (threadIdx.x == 0) {
-        rings.init(job.n_consumers() * WARPGROUP / WARP);
+        rings.init(job.n_consumers * WARPGROUP / WARP);
         asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     }
     __syncthreads();
-    uint32_t warpgroup = threadIdx.x / WARPGROUP;
-    if (warpgroup == 0) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(PRODUCER_REGISTERS));
-        tile_producer<HEAD_DIM>{job, rings, smem, true, job.n_producers == 1}.run();
+    uint32_t warpgroup = uniform(threadIdx.x / WARPGROUP);
+    if (warpgroup < N_PRODUCERS) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(PRODUCER_REGISTERS<PARTS>));
+        if (warpgroup == 0)
+            tile_producer<HEAD_DIM, true>{job, rings}.run();
+        else
+            tile_producer<HEAD_DIM, false>{job, rings}.run();
         wait_for_kernel_before();
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMER_REGISTERS));
-        if (warpgroup < job.n_producers) {
-            tile_producer<HEAD_DIM>{job, rings, smem, false, true}.run();
-            wait_for_kernel_before();
-        } else {
-            wait_for_kernel_before(); /* producers need not: queries alone are from there */
-            tile_consumer<HEAD_DIM, PARTS>{
-                job, job.attend, rings, smem, warpgroup - job.n_producers, log2_scale_of(job.attend)}
-                .run();
-        }
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMER_REGISTERS<PARTS>));
+        wait_for_kernel_before(); /* producers need not: queries alone are from there */
+        tile_consumer<HEAD_DIM, PARTS>(job, rings, warpgroup - N_PRODUCERS).run();
     }
 #endif
 }
@@ -184,7 +232,7 @@ static cudaError_t find_wgmma(bool &found)
 {
     cudaFuncAttributes code;
     cudaError_t error = cudaFuncGetAttributes(&code, prompt_wgmma_kernel<HEAD_DIM, PARTS>);
-    found = error == cudaSuccess && code.maxThreadsPerBlock >= wgmma_shape<HEAD_DIM>::threads;
+    found = error == cudaSuccess && code.maxThreadsPerBlock >= WARPGROUP;
     return error;
 }
 
@@ -196,18 +244,18 @@ static cudaError_t launch_prompt_wgmma(const attend_job &job, cudaStream_t strea
     cudaError_t error = cudaGetDevice(&device);
     if (error == cudaSuccess)
         error = cudaDeviceGetAttribute(&n_multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    prompt_job whole_job = {job, LEAST_CONSUMERS, log2_scale_of(job)};
+    if (n_row_blocks(job, whole_job.rows()) > (uint32_t)n_multiprocessors) /* not all at once: larger ones */
+        whole_job.n_consumers = CONSUMERS<PARTS>;
     uint32_t smem_bytes = shape::stages_offset + RING * packed_stage_bytes(job);
     if (error == cudaSuccess)
         error = cudaFuncSetAttribute(prompt_wgmma_kernel<HEAD_DIM, PARTS>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                      (int)smem_bytes);
     if (error != cudaSuccess)
         return error;
-    prompt_job whole_job = {job, 2};
-    if (n_row_blocks(job, whole_job.rows()) > (uint32_t)n_multiprocessors) /* not all at once: larger ones */
-        whole_job.n_producers = 1;
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(min(n_row_blocks(job, whole_job.rows()), (uint32_t)n_multiprocessors));
-    config.blockDim = dim3(shape::threads);
+    config.blockDim = dim3((N_PRODUCERS + whole_job.n_consumers) * WARPGROUP);
     config.dynamicSmemBytes = smem_bytes;
     config.stream = stream;
     return launch_dependent(config, prompt_wgmma_kernel<HEAD_DIM, PARTS>, whole_job);

@@ -14,17 +14,36 @@ __device__ inline void publish_panels()
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
+/* Whether x is true in any thread of the warpgroup. Barrier 0 is __syncthreads'. */
+__device__ inline bool any_of_partners(bool x)
+{
+    constexpr uint32_t WARPGROUP = 4 * WARP;
+    uint32_t any;
+    asm volatile("{\n.reg .pred p, q;\nsetp.ne.u32 p, %1, 0;\nbarrier.cta.red.or.pred q, %2, %3, p;\n"
+                 "selp.u32 %0, 1, 0, q;\n}"
+                 : "=r"(any)
+                 : "r"((uint32_t)x), "r"(1 + threadIdx.x / WARPGROUP), "n"(WARPGROUP)
+                 : "memory");
+    return any;
+}
+
 /* A wgmma matrix descriptor: address, the two strides in bytes, 128-byte swizzle. */
 __device__ inline uint64_t descriptor(uint32_t address, uint32_t leading_stride, uint32_t stride)
 {
     return (uint64_t)(stride >> 4 | 1u << 30) << 32 | (leading_stride >> 4 << 16 | address >> 4);
 }
 
+/* x, which is the same in all lanes, so that the compiler knows. */
+__device__ inline uint32_t uniform(uint32_t x)
+{
+    return __shfl_sync(~0u, x, 0);
+}
+
 /* An address that is the same in all lanes, told to the compiler: so it counts descriptors in uniform registers, and
  * products follow on each other. */
 __device__ inline uint32_t uniform_smem_address(const void *smem)
 {
-    return __shfl_sync(~0u, smem_address(smem), 0);
+    return uniform(smem_address(smem));
 }
 
 /* The same `bytes` further on. Its low word alone changes: shared memory ends before the address field does. */
@@ -155,12 +174,12 @@ __device__ inline void start_key_product(float (&scores)[TILE / 8][4], const uin
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
 
-/* The same with the 64 rows of q in panels. */
+/* The same with the 64 rows of q in panels; addresses in shared memory, uniform ones. */
 template <int HEAD_DIM>
-__device__ inline void start_key_product(float (&scores)[TILE / 8][4], const uint8_t *q_smem, const uint8_t *k_smem)
+__device__ inline void start_key_product(float (&scores)[TILE / 8][4], uint32_t q_address, uint32_t k_address)
 {
-    uint64_t queries = descriptor(uniform_smem_address(q_smem), 16, ROW_GROUP_BYTES);
-    uint64_t keys = descriptor(uniform_smem_address(k_smem), 16, ROW_GROUP_BYTES);
+    uint64_t queries = descriptor(q_address, 16, ROW_GROUP_BYTES);
+    uint64_t keys = descriptor(k_address, 16, ROW_GROUP_BYTES);
 #pragma unroll
     for (int k = 0; k < HEAD_DIM / 16; k++)
         wgmma_keys(scores, further(queries, k / 4 * PANEL_BYTES + k % 4 * 32),
@@ -187,9 +206,9 @@ __device__ inline void start_value_step(float (&out)[HEAD_DIM / 8][4], const uin
 /* Starts out += (sum of the parts of p) v */
 template <int HEAD_DIM, int PARTS>
 __device__ inline void start_value_product(float (&out)[HEAD_DIM / 8][4], const uint32_t (&p)[PARTS][KEY_STEPS][4],
-                                           const uint8_t *v_smem)
+                                           uint32_t v_address)
 {
-    uint64_t values = descriptor(uniform_smem_address(v_smem), PANEL_BYTES, ROW_GROUP_BYTES);
+    uint64_t values = descriptor(v_address, PANEL_BYTES, ROW_GROUP_BYTES);
 #pragma unroll
     for (int k = 0; k < KEY_STEPS; k++)
 #pragma unroll
@@ -215,7 +234,7 @@ __device__ inline void value_product(float (&out)[HEAD_DIM / 8][4], const uint32
                                      const uint8_t *v_smem)
 {
     begin_products(out);
-    start_value_product<HEAD_DIM, PARTS>(out, p, v_smem);
+    start_value_product<HEAD_DIM, PARTS>(out, p, uniform_smem_address(v_smem));
     wait_for_products<0>();
     pin(out);
 }

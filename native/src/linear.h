@@ -16,7 +16,7 @@ ksort_status ksort_linear_prepare(const ksort_linear_args *args, struct linear_j
 /* Outputs of part ith of nth. */
 void ksort_linear_run(const struct linear_job *job, uint32_t ith, uint32_t nth);
 
-/* Parts for a pool. Few rows: a long part for each thread, as one stream of weights is read fastest, then many short
+/* Parts for a pool. Few rows: a long part for each thread, as long streams of weights are read fastest, then short
  * ones, so that a thread which lost its core does not hold up the others. */
 uint32_t ksort_linear_parts(struct linear_job *job, uint32_t n_threads);
 
