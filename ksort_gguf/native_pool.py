@@ -3,6 +3,9 @@
 Knows no cffi: calls go through native.py's binding.
 """
 
+import functools
+from collections.abc import Callable, Iterable
+
 from ksort_gguf import native, native_structs
 from ksort_gguf.cache_types import CACHE_TYPES
 from ksort_gguf.families.rope import RopeTables
@@ -33,22 +36,22 @@ class Pool:
 
     def linear(self, weights: "Weights", x_address: int, y_address: int, n_rows: int) -> None:
         """y = x W^T + bias over all threads: x float32 [n_rows, n_in], y float32 [n_rows, n_out], both contiguous."""
-        weights.aim(x_address, y_address, n_rows)
-        self._check(self._binding.lib.ksort_pool_linear(self.handle, weights.struct))
+        self.run([weights.call(self, x_address, y_address, n_rows)])
 
     def rms_norm(self, norm: "RmsNorm", x_address: int, added_address: int, y_address: int, n_rows: int) -> None:
         """x += added (unless its address is 0), y = RMSNorm(x) over all threads: float32 [n_rows, n], contiguous."""
-        norm.aim(x_address, added_address, y_address, n_rows)
-        self._check(self._binding.lib.ksort_pool_rms_norm(self.handle, norm.struct))
+        self.run([norm.call(self, x_address, added_address, y_address, n_rows)])
 
     def swiglu(self, swiglu: "SwiGlu", gate_up_address: int, y_address: int, n_rows: int) -> None:
         """y = silu(gate) * up over all threads: rows [gate | up] float32 [n_rows, 2 n], y [n_rows, n], contiguous."""
-        swiglu.aim(gate_up_address, gate_up_address + swiglu.struct.n * _FLOAT_BYTES, y_address, n_rows)
-        self._check(self._binding.lib.ksort_pool_swiglu(self.handle, swiglu.struct))
+        up_address = gate_up_address + swiglu.struct.n * _FLOAT_BYTES
+        self.run([swiglu.call(self, gate_up_address, up_address, y_address, n_rows)])
 
-    def _check(self, status: int) -> None:
-        if status:
-            self._binding.check(status)
+    def run(self, calls: Iterable[Callable[[], int]]) -> None:
+        """Make calls that Weights, RmsNorm and SwiGlu prepared, one after another. Raises as _Binding.check."""
+        for call in calls:
+            if status := call():
+                self._binding.check(status)
 
     def close(self) -> None:
         """End the threads. Closing twice does nothing; a pool that nobody refers to closes itself."""
@@ -64,23 +67,25 @@ class Pool:
 
 
 class _Operation:
-    """A C struct whose pointers to rows are set only when they change, which in generation they do not."""
+    """A C struct of an operation over rows, and the library's function that takes it."""
 
     _pointers: tuple[str, ...]  # fields, in the order that `aim` takes their addresses
 
-    def __init__(self, struct: str):
+    def __init__(self, name: str):
         self._binding = native.loaded()
-        self.struct = self._binding.new(struct)
-        self._aimed: tuple[int, ...] = ()
+        self.struct = self._binding.new(f"ksort_{name}_args")
+        self._function = getattr(self._binding.lib, f"ksort_pool_{name}")
 
     def aim(self, *addresses_and_rows: int) -> None:
         """Point to float32 rows at the addresses, then how many rows."""
-        if addresses_and_rows == self._aimed:
-            return
-        self._aimed = addresses_and_rows
         *addresses, self.struct.n_rows = addresses_and_rows
         for field, address in zip(self._pointers, addresses, strict=True):
             setattr(self.struct, field, self._binding.ffi.cast(self._binding.float_pointer, address))
+
+    def call(self, pool: Pool, *addresses_and_rows: int) -> Callable[[], int]:
+        """A call for Pool.run over these rows, to be made any number of times until the next `aim` or `call`."""
+        self.aim(*addresses_and_rows)
+        return functools.partial(self._function, pool.handle, self.struct)
 
 
 class Weights(_Operation):
@@ -92,7 +97,7 @@ class Weights(_Operation):
     _pointers = "x", "y"
 
     def __init__(self, type_name: str, n_out: int, n_in: int, address: int, bias_address: int | None = None):
-        super().__init__("ksort_linear_args")
+        super().__init__("linear")
         args, binding = self.struct, self._binding
         args.type, args.n_out, args.n_in = CACHE_TYPES[type_name].native_id, n_out, n_in
         args.x_row_stride, args.y_row_stride = n_in, n_out
@@ -107,7 +112,7 @@ class RmsNorm(_Operation):
     _pointers = "x", "added", "y"
 
     def __init__(self, n: int, address: int, epsilon: float):
-        super().__init__("ksort_rms_norm_args")
+        super().__init__("rms_norm")
         args, binding = self.struct, self._binding
         args.gain, args.n, args.epsilon = binding.ffi.cast(binding.float_pointer, address), n, epsilon
         args.x_row_stride = args.added_row_stride = args.y_row_stride = n
@@ -119,7 +124,7 @@ class SwiGlu(_Operation):
     _pointers = "gate", "up", "y"
 
     def __init__(self, n: int):
-        super().__init__("ksort_swiglu_args")
+        super().__init__("swiglu")
         self.struct.n, self.struct.row_stride, self.struct.y_row_stride = n, 2 * n, n
 
 

@@ -40,7 +40,7 @@ def test_product_is_within_the_bound_of_float64(level, type_name, n_in, n_rows):
 
 
 @pytest.mark.parametrize("n_threads", [1, 2, 3])
-@pytest.mark.parametrize("n_rows", [2, 70])
+@pytest.mark.parametrize("n_rows", [1, 2, 70])
 def test_many_parts_give_the_same_as_one_thread(n_threads, n_rows):
     """Catches parts that overlap or leave gaps, and sums that depend on where outputs are cut: about 30 parts."""
     weights, x = torch.randn(999, 1001).half(), torch.randn(n_rows, 1001)

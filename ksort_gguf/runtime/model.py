@@ -31,13 +31,15 @@ class _Angles:
         self._theta = frequencies(g, None if factors is None else factors.numpy())
         self.n_frequencies = len(self._theta)
         self._cos = self._sin = np.empty((0, self.n_frequencies), np.float32)
+        self._at = 0, 0  # addresses of both
 
     def addresses(self, first: int, n: int) -> tuple[int, int]:
         """Addresses of the rows of positions first .. first+n-1, valid until the next call."""
         if first + n > len(self._cos):
             self._cos, self._sin = cos_sin(self._theta, max(first + n, 2 * len(self._cos), N_UBATCH))
+            self._at = self._cos.ctypes.data, self._sin.ctypes.data
         offset = first * self.n_frequencies * 4
-        return self._cos.ctypes.data + offset, self._sin.ctypes.data + offset
+        return self._at[0] + offset, self._at[1] + offset
 
 
 class _Matrix:
@@ -59,7 +61,11 @@ class _Norm:
 
 
 class _Layer:
-    """One block's matrices and norms."""
+    """One block's matrices and norms, and the calls around its attention.
+
+    The calls are prepared once for a number of rows and made at every step: reading the weights puts the interpreter's
+    own code out of the caches between two calls, so that every line of Python costs.
+    """
 
     def __init__(self, w: LayerWeights, epsilon: float):
         self.attn_norm, self.ffn_norm = _Norm(w.attn_norm, epsilon), _Norm(w.ffn_norm, epsilon)
@@ -67,6 +73,21 @@ class _Layer:
         self.attn_output = _Matrix(w.attn_output, w.attn_output_bias)
         self.gate_up, self.down = _Matrix(w.gate_up), _Matrix(w.down)
         self.swiglu = native_pool.SwiGlu(self.gate_up.n_out // 2)
+
+    def prepare(self, pool: native_pool.Pool, at: dict[str, int], is_first: bool, n: int) -> None:
+        """Set the calls for `n` rows of activations at the addresses `at`. The first layer finds nothing to add."""
+        added = 0 if is_first else at["added"]
+        self.before_attention = [
+            self.attn_norm.native.call(pool, at["x"], added, at["normed"], n),
+            self.qkv.native.call(pool, at["normed"], at["qkv"], n),
+        ]
+        self.after_attention = [
+            self.attn_output.native.call(pool, at["attended"], at["added"], n),
+            self.ffn_norm.native.call(pool, at["x"], at["added"], at["normed"], n),
+            self.gate_up.native.call(pool, at["normed"], at["gate_up"], n),
+            self.swiglu.call(pool, at["gate_up"], at["up"], at["activated"], n),
+            self.down.native.call(pool, at["activated"], at["added"], n),
+        ]
 
 
 class _Activations:
@@ -86,6 +107,7 @@ class _Activations:
         self._kept = {name: torch.empty((n_rows, width)) for name, width in widths.items()}
         self.x = self._kept["x"]
         self.at = {name: rows.data_ptr() for name, rows in self._kept.items()}
+        self.at["up"] = self._kept["gate_up"][0, layer.gate_up.n_out // 2 :].data_ptr()  # every row's second half
 
 
 class Model:
@@ -103,10 +125,22 @@ class Model:
         self._layers = [_Layer(w, geometry.rms_epsilon) for w in weights.layers]
         self._output_norm, self._output = _Norm(weights.output_norm, geometry.rms_epsilon), _Matrix(weights.output)
         self._activations = self._new_activations(N_UBATCH)
+        self._n_prepared = 0  # rows that the layers' calls are for
         self._angles = _Angles(geometry, weights.rope_factors)
         self._plan = plan
         self._rope = [layer_tables(family, geometry, plan, layer) for layer in range(geometry.n_layers)]
         torch.set_num_threads(n_threads)
+
+    def _prepare_calls(self, n: int) -> None:
+        """Make the layers' calls for `n` rows, where the last ones were for another number."""
+        if n == self._n_prepared:
+            return
+        self._n_prepared = 0  # until all are made: an interrupt may come between them
+        if n > self._activations.n_rows:
+            self._activations = self._new_activations(n)
+        for i, layer in enumerate(self._layers):
+            layer.prepare(self._pool, self._activations.at, i == 0, n)
+        self._n_prepared = n
 
     def _new_activations(self, n_rows: int) -> _Activations:
         g = self.geometry
@@ -143,25 +177,17 @@ class Model:
         tokens: int64 [n], standing in slots first_slot on.
         """
         g, n, pool = self.geometry, len(tokens), self._pool
-        if n > self._activations.n_rows:
-            self._activations = self._new_activations(n)
+        self._prepare_calls(n)
         cos, sin = self._angles.addresses(first_slot, n)
         waves = cos, sin, self._angles.n_frequencies
         self._activations.x[:n] = F.embedding(tokens, self._embedding)
         at = self._activations.at
-        added = 0  # nothing yet
         for layer, step in zip(self._layers, steps, strict=True):
-            pool.rms_norm(layer.attn_norm.native, at["x"], added, at["normed"], n)
-            pool.linear(layer.qkv.native, at["normed"], at["qkv"], n)
+            pool.run(layer.before_attention)
             step.run(at["qkv"], layer.qkv.n_out, n, first_slot, *waves, at["attended"], g.n_heads * g.head_dim)
-            pool.linear(layer.attn_output.native, at["attended"], at["added"], n)
-            added = at["added"]
-            pool.rms_norm(layer.ffn_norm.native, at["x"], added, at["normed"], n)
-            pool.linear(layer.gate_up.native, at["normed"], at["gate_up"], n)
-            pool.swiglu(layer.swiglu, at["gate_up"], at["activated"], n)
-            pool.linear(layer.down.native, at["activated"], added, n)
+            pool.run(layer.after_attention)
         hidden = torch.empty((n, g.n_embd))
-        pool.rms_norm(self._output_norm.native, at["x"], added, hidden.data_ptr(), n)
+        pool.rms_norm(self._output_norm.native, at["x"], at["added"], hidden.data_ptr(), n)
         return hidden
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
