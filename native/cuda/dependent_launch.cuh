@@ -1,19 +1,26 @@
-/* Kernels of a call that begin while the one before them still runs (programmatic dependent launch, sm_90 and later):
+/* Kernels that begin while the one before them still runs (programmatic dependent launch, sm_90 and later):
  *
- *     pack, ... ====|
- *     prepare_queries    ====|
- *     decode              ...|=========|        ... asks for its first tiles, then waits
- *     merge                       .....|====|   ... finds its row, then waits; blocks come as decode's leave
+ *     ...             ====|
+ *     pack             ...|====|                       ... asks L2 for rows of x, then waits
+ *     prepare_queries          ====|
+ *     decode                    ...|=========|         ... asks for its first tiles, then waits
+ *     merge                             .....|====|    ... finds its row, then waits; blocks come as decode's leave
  *
- * prepare_queries is launched the ordinary way, decode and merge by launch_dependent. A dependent kernel begins when
- * every block of the kernel before it has called let_dependent_begin, and wait_for_kernel_before returns when that
- * kernel is complete and its writes are visible. So before it waits a kernel
- *   - may read what was written before the call of ksort_cuda_attend: tiles (ksort_cuda_pack), lengths, page tables.
- *     These are complete, as prepare_queries has begun, and it begins after all that. Were prepare_queries a dependent
- *     kernel too, it could begin, and decode after it, while pack still runs;
- *   - must not read what earlier phases write, nor write anything but *device_status.
+ * pack (of GROUP_SLOTS tokens or more, without transforms), decode and merge are launched by launch_dependent, all
+ * others the ordinary way: after all that was launched before is complete. A dependent kernel begins when every block
+ * of the kernel before it has ended or called let_dependent_begin, and wait_for_kernel_before returns when that
+ * kernel is complete and its writes are visible. So before it waits
+ *   - pack must not read or write anything: what is before it may be any kernel, and write rows, lengths and tables.
+ *     It only asks L2 for rows (prefetch_into_l2);
+ *   - decode and merge may read what was written before the call of ksort_cuda_attend: tiles (ksort_cuda_pack),
+ *     lengths, page tables. These are complete, as prepare_queries has begun, and it begins after all that. Were
+ *     prepare_queries a dependent kernel too, it could begin, and decode after it, while pack still runs. They must
+ *     not read what earlier phases write, nor write anything but *device_status.
  * Every thread waits, also where it has nothing to do: otherwise merge could be complete before decode is, and what is
- * launched after merge would only wait for merge.
+ * launched after merge would only wait for merge; and so with pack and what is before it.
+ *
+ * pack calls let_dependent_begin at once: its successor is pack again, which waits, or is launched the ordinary way, or
+ * is a caller's dependent kernel, which has to wait before it reads tiles.
  */
 #ifndef KSORT_DEPENDENT_LAUNCH_CUH
 #define KSORT_DEPENDENT_LAUNCH_CUH
@@ -34,6 +41,15 @@ __device__ inline void wait_for_kernel_before()
 {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+/* Asks L2 for the line of an address, and reads nothing: L2 is where the writes of all kernels meet, so a line that is
+ * there early is not an old one. */
+__device__ inline void prefetch_into_l2(const void *address)
+{
+#if __CUDA_ARCH__ >= 900
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
 #endif
 }
 

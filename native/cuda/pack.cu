@@ -8,6 +8,7 @@
  * L2: rows of cos and sin and RoPE tables once a block with nearest rounding; of transformed heads all tables once a
  * token, and once a strip the rows of the feedback matrix from the diagonal on, some 2 head_dim^2 bytes.
  */
+#include "dependent_launch.cuh"
 #include "pack_nearest.cuh"
 #include "pack_transformed.cuh"
 #include "phases.cuh"
@@ -15,30 +16,33 @@
 namespace {
 
 /* Thread blocks of a multiprocessor: what leaves registers enough. */
-template <int HEAD_DIM>
-constexpr int RESIDENT_NEAREST = (HEAD_DIM <= 128 ? 768 : 1024) / strip_shape<HEAD_DIM>::THREADS;
+template <int HEAD_DIM, uint32_t X_TYPE>
+constexpr int RESIDENT_NEAREST = (X_TYPE == KSORT_F32 ? 768 : 1024) / strip_shape<HEAD_DIM>::THREADS;
 template <int HEAD_DIM>
 constexpr int RESIDENT_ANY = 768 / strip_shape<HEAD_DIM>::THREADS;
 
-/* Thread blocks of keys below which each has one head, to use more multiprocessors. */
-constexpr uint64_t FEW_BLOCKS = 64;
+/* Thread blocks of keys or values below which each has one head, to use more multiprocessors. */
+constexpr uint64_t FEW_BLOCKS = 128;
 
-/* Grid of both kernels: x = groups or strips of the sequence, those of keys first, as RoPE takes longer: alternating,
- * keys and values would go to different multiprocessors; y = KV head or group of them; z = sequence. */
+/* Grid of both kernels: x = groups or strips of the sequence, of keys and values alternately, so that a multiprocessor
+ * turns keys while it waits for values; y = KV head, or group of heads; z = sequence. */
 __device__ inline const pack_side &side_of_block(const pack_work &work, uint32_t &index)
 {
-    const uint32_t second = blockIdx.x >= work.n_parts;
-    index = blockIdx.x - second * work.n_parts;
-    return work.sides[second];
+    const uint32_t has_two = work.n_sides - 1;
+    index = blockIdx.x >> has_two;
+    return work.sides[blockIdx.x & has_two];
 }
 
 template <int HEAD_DIM, uint32_t X_TYPE>
-__global__ void __launch_bounds__(strip_shape<HEAD_DIM>::THREADS, RESIDENT_NEAREST<HEAD_DIM>)
+__global__ void __launch_bounds__(strip_shape<HEAD_DIM>::THREADS, RESIDENT_NEAREST<HEAD_DIM, X_TYPE>)
     pack_nearest_kernel(const __grid_constant__ pack_work work)
 {
     extern __shared__ uint4 shared_chunks[];
     uint32_t group_index;
     const pack_side &side = side_of_block(work, group_index);
+    let_dependent_begin();
+    prefetch_rows<HEAD_DIM, X_TYPE>(work, side, group_index);
+    wait_for_kernel_before();
     pack_nearest<HEAD_DIM, X_TYPE, true>(work, side, group_index, reinterpret_cast<uint8_t *>(shared_chunks));
 }
 
@@ -76,9 +80,9 @@ pack_work work_of(const pack_job &job)
 template <int HEAD_DIM, uint32_t X_TYPE>
 cudaError_t launch_kernel(const pack_work &work, bool is_transformed, cudaLaunchConfig_t &config)
 {
-    void (*kernel)(pack_work) = !is_transformed && may_stage_angles<HEAD_DIM>(work.rope)
-                                    ? pack_nearest_kernel<HEAD_DIM, X_TYPE>
-                                    : pack_any_kernel<HEAD_DIM, X_TYPE>;
+    const bool is_nearest = !is_transformed && may_stage_angles<HEAD_DIM>(work.rope);
+    void (*kernel)(pack_work) =
+        is_nearest ? pack_nearest_kernel<HEAD_DIM, X_TYPE> : pack_any_kernel<HEAD_DIM, X_TYPE>;
     size_t bytes = sizeof(rope_smem<HEAD_DIM, X_TYPE>);
     if (is_transformed && sizeof(pack_smem<HEAD_DIM>) > bytes)
         bytes = sizeof(pack_smem<HEAD_DIM>);
@@ -88,6 +92,9 @@ cudaError_t launch_kernel(const pack_work &work, bool is_transformed, cudaLaunch
         if (error != cudaSuccess)
             return error;
     }
+    /* To begin early costs more than it gains where there are few rows to ask L2 for. */
+    if (is_nearest && work.tokens.n_tokens >= GROUP_SLOTS)
+        return launch_dependent(config, kernel, work);
     return cudaLaunchKernelEx(&config, kernel, work);
 }
 
@@ -99,13 +106,12 @@ cudaError_t launch(const pack_job &job, cudaStream_t stream)
     const uint32_t slots = is_transformed ? STRIP_TOKENS : GROUP_SLOTS;
     /* n tokens touch the most strips or groups where the first is the last of its strip. */
     const uint64_t n_parts = ((uint64_t)job.tokens.n_tokens + slots - 2) / slots + 1;
-    work.n_parts = (uint32_t)n_parts;
     const uint32_t group_heads =
         job.x_type == KSORT_F32 ? GROUP_HEADS<HEAD_DIM, KSORT_F32> : GROUP_HEADS<HEAD_DIM, KSORT_F16>;
     const uint32_t head_groups = (work.n_kv_heads + group_heads - 1) / group_heads;
     const bool has_few = n_parts * head_groups * job.tokens.n_sequences < FEW_BLOCKS;
-    work.rope_heads = has_few ? 1 : group_heads;
-    const uint32_t heads_a_block = is_transformed || has_few ? 1 : group_heads; /* at least */
+    work.block_heads = has_few ? 1 : group_heads;
+    const uint32_t heads_a_block = is_transformed ? 1 : work.block_heads; /* at least */
     const uint64_t blocks = n_parts * work.n_sides;
     if (blocks > INT32_MAX)
         return cudaErrorInvalidConfiguration;

@@ -39,6 +39,16 @@ __device__ inline void request_chunk(const void *x, size_t at, uint32_t chunk, u
         __pipeline_memcpy_async(row + chunk * BYTES + i, from + i, 16);
 }
 
+/* The two values of a word of f16 or bf16. */
+template <uint32_t X_TYPE>
+__device__ inline float2 pair_values(uint32_t word)
+{
+    if constexpr (X_TYPE == KSORT_F16)
+        return make_float2(__half2float(__ushort_as_half((uint16_t)word)),
+                           __half2float(__ushort_as_half((uint16_t)(word >> 16))));
+    return make_float2(bits_float(word << 16), bits_float(word & 0xFFFF0000u));
+}
+
 /* The values of a chunk. */
 template <uint32_t X_TYPE>
 __device__ inline void chunk_values(const uint4 (&parts)[CHUNK_PARTS<X_TYPE>], float (&y)[CHUNK])
@@ -50,12 +60,10 @@ __device__ inline void chunk_values(const uint4 (&parts)[CHUNK_PARTS<X_TYPE>], f
         for (uint32_t j = 0; j < 4; j++) {
             if (X_TYPE == KSORT_F32) {
                 y[4 * i + j] = bits_float(words[j]);
-            } else if (X_TYPE == KSORT_F16) {
-                y[2 * j] = __half2float(__ushort_as_half((uint16_t)words[j]));
-                y[2 * j + 1] = __half2float(__ushort_as_half((uint16_t)(words[j] >> 16)));
             } else {
-                y[2 * j] = bits_float(words[j] << 16);
-                y[2 * j + 1] = bits_float(words[j] & 0xFFFF0000u);
+                const float2 pair = pair_values<X_TYPE>(words[j]);
+                y[2 * j] = pair.x;
+                y[2 * j + 1] = pair.y;
             }
         }
     }

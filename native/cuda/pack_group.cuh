@@ -8,9 +8,9 @@
 
 constexpr int GROUP_SLOTS = WARP; /* of a thread block: half a tile */
 
-/* Heads of a thread block: what leaves rows of x and angles room in 99 KB of shared memory. */
+/* Heads of a thread block. One where two leave rows of x and angles no room in 99 KB of shared memory. */
 template <int HEAD_DIM, uint32_t X_TYPE>
-constexpr int GROUP_HEADS = HEAD_DIM <= 128 ? 4 : X_TYPE == KSORT_F32 ? 1 : 2;
+constexpr int GROUP_HEADS = HEAD_DIM == 256 && X_TYPE == KSORT_F32 ? 1 : 2;
 
 /* New slots of a sequence, and the group of them that a thread block packs. */
 struct slot_group {
@@ -52,6 +52,12 @@ __device__ inline int64_t head_of_slot(const pack_work &work, const slot_group &
 {
     const int64_t token = (int32_t)(slot - group.n_cached), stride = (int64_t)work.token_stride;
     return (int64_t)(group.sequence * work.sequence_stride + (size_t)head * HEAD_DIM) + token * stride;
+}
+
+/* The group's tile of a head. */
+__device__ inline uint8_t *tile_of_group(const pack_side &side, const slot_group &group, uint32_t head)
+{
+    return tile_at(side.cache.pages, group.sequence, group.first / KSORT_TILE_TOKENS, head);
 }
 
 /* Tells why a head is refused: for x itself, or for what RoPE or the type makes of it. */

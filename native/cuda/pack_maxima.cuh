@@ -7,45 +7,18 @@
 
 #include "pack_chunks.cuh"
 
-/* Halves of a pair, and pairs of the low and the high halves of two. */
-__device__ inline float low_of(__half2 pair)
+/* The larger magnitude of each of two values of f16 or bf16; NaN where either is. */
+template <uint32_t X_TYPE>
+__device__ inline uint32_t larger_of_pairs(uint32_t a, uint32_t b)
 {
-    return __low2float(pair);
-}
-
-__device__ inline float high_of(__half2 pair)
-{
-    return __high2float(pair);
-}
-
-__device__ inline __half2 lows_of(__half2 a, __half2 b)
-{
-    return __lows2half2(a, b);
-}
-
-__device__ inline __half2 highs_of(__half2 a, __half2 b)
-{
-    return __highs2half2(a, b);
-}
-
-__device__ inline float low_of(__nv_bfloat162 pair)
-{
-    return __low2float(pair);
-}
-
-__device__ inline float high_of(__nv_bfloat162 pair)
-{
-    return __high2float(pair);
-}
-
-__device__ inline __nv_bfloat162 lows_of(__nv_bfloat162 a, __nv_bfloat162 b)
-{
-    return __lows2bfloat162(a, b);
-}
-
-__device__ inline __nv_bfloat162 highs_of(__nv_bfloat162 a, __nv_bfloat162 b)
-{
-    return __highs2bfloat162(a, b);
+    using pair_type = typename std::conditional<X_TYPE == KSORT_F16, __half2, __nv_bfloat162>::type;
+    pair_type pairs[2];
+    memcpy(&pairs[0], &a, sizeof a);
+    memcpy(&pairs[1], &b, sizeof b);
+    const pair_type larger = __hmax2_nan(__habs2(pairs[0]), __habs2(pairs[1]));
+    uint32_t word;
+    memcpy(&word, &larger, sizeof word);
+    return word;
 }
 
 /* Largest magnitudes of the blocks of four tokens' chunks, as float bits, each block in a power of two of `lanes`. */
@@ -65,28 +38,28 @@ __device__ inline void largest_of_blocks(const uint4 (&x)[4][CHUNK_PARTS<X_TYPE>
             for (int t = 0; t < 4; t++)
                 magnitudes[t] = max(magnitudes[t], __shfl_xor_sync(ALL_LANES, magnitudes[t], apart));
     } else {
-        using pair_type = typename std::conditional<X_TYPE == KSORT_F16, __half2, __nv_bfloat162>::type;
-        const auto larger = [](pair_type a, pair_type b) { return __hmax2_nan(a, b); };
-        pair_type tokens[2];
+        uint32_t tokens[2];
 #pragma unroll
         for (int t = 0; t < 4; t += 2) {
-            pair_type channels[2];
+            uint32_t channels[2];
 #pragma unroll
             for (int i = 0; i < 2; i++) {
-                const pair_type *pairs = reinterpret_cast<const pair_type *>(x[t + i]);
-                channels[i] = larger(larger(__habs2(pairs[0]), __habs2(pairs[1])),
-                                     larger(__habs2(pairs[2]), __habs2(pairs[3])));
+                const uint4 pairs = x[t + i][0];
+                channels[i] = larger_of_pairs<X_TYPE>(larger_of_pairs<X_TYPE>(pairs.x, pairs.y),
+                                                      larger_of_pairs<X_TYPE>(pairs.z, pairs.w));
             }
-            tokens[t / 2] = larger(lows_of(channels[0], channels[1]), highs_of(channels[0], channels[1]));
+            tokens[t / 2] = larger_of_pairs<X_TYPE>(__byte_perm(channels[0], channels[1], 0x5410),
+                                                    __byte_perm(channels[0], channels[1], 0x7632));
         }
         for (uint32_t apart = 1; apart < lanes; apart *= 2)
 #pragma unroll
             for (int i = 0; i < 2; i++)
-                tokens[i] = larger(tokens[i], __shfl_xor_sync(ALL_LANES, tokens[i], apart));
+                tokens[i] = larger_of_pairs<X_TYPE>(tokens[i], __shfl_xor_sync(ALL_LANES, tokens[i], apart));
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-            magnitudes[2 * i] = float_bits(low_of(tokens[i]));
-            magnitudes[2 * i + 1] = float_bits(high_of(tokens[i]));
+            const float2 pair = pair_values<X_TYPE>(tokens[i]);
+            magnitudes[2 * i] = float_bits(pair.x);
+            magnitudes[2 * i + 1] = float_bits(pair.y);
         }
     }
 }

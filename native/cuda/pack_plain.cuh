@@ -16,12 +16,10 @@ constexpr int QUAD = 4; /* slots */
 
 template <int HEAD_DIM, uint32_t X_TYPE>
 struct plain_shape {
-    static constexpr int LANES = CHUNK_LANES<HEAD_DIM>, WARPS = strip_shape<HEAD_DIM>::THREADS / WARP;
-    static constexpr int HEADS = GROUP_HEADS<HEAD_DIM, X_TYPE>;
-    static constexpr int QUAD_STEP = QUAD * WARP / LANES; /* slots of a warp at a time */
-    static constexpr int WARP_QUADS = HEADS * GROUP_SLOTS / (WARPS * QUAD_STEP), QUADS = WARP_QUADS ? WARP_QUADS : 1;
-    static constexpr int QUADS_AT_ONCE = X_TYPE == KSORT_F32 ? 1 : QUADS; /* that registers hold */
-    static constexpr int WARPS_A_HEAD = GROUP_SLOTS / (QUADS * QUAD_STEP);
+    static constexpr int LANES = CHUNK_LANES<HEAD_DIM>;
+    static constexpr int WARP_SLOTS = QUAD * WARP / LANES, WARPS_A_HEAD = GROUP_SLOTS / WARP_SLOTS;
+    static_assert(GROUP_HEADS<HEAD_DIM, X_TYPE> * WARPS_A_HEAD <= strip_shape<HEAD_DIM>::THREADS / WARP,
+                  "a lane has one quad");
 };
 
 template <int HEAD_DIM, uint32_t X_TYPE>
@@ -33,16 +31,10 @@ struct plain_packer {
     const pack_work &work;
     const pack_side &side;
     const slot_group &group;
-    uint32_t n_packed;                /* slots, as count_packed has them */
-    uint32_t head, chunk, first_slot; /* first_slot: of the lane's first quad */
-    uint8_t *tile;                    /* of the head */
-    chunk_parts x[shape::QUADS_AT_ONCE];
-
-    /* First slot of the lane's q-th quad. */
-    __device__ uint32_t slot_of_quad(int q) const
-    {
-        return first_slot + q * shape::QUAD_STEP;
-    }
+    uint32_t n_packed;           /* slots, as count_packed has them */
+    uint32_t head, chunk, first; /* first: slot of the lane's quad */
+    uint8_t *tile;               /* of the head */
+    chunk_parts x;
 
     /* Whether the lane's chunk of a slot is to be packed: none is past the head's last. */
     __device__ bool is_wanted(uint32_t slot) const
@@ -51,7 +43,7 @@ struct plain_packer {
     }
 
     /* A bit for each slot of a quad that is to be packed. */
-    __device__ uint32_t wanted_slots(uint32_t first) const
+    __device__ uint32_t wanted_slots() const
     {
         uint32_t wanted = 0;
 #pragma unroll
@@ -60,20 +52,18 @@ struct plain_packer {
         return wanted;
     }
 
-    /* Asks for the next quads' x, from the quad-th on; zeros where nothing is wanted. */
-    __device__ void load_quads(int quad)
+    /* Asks for the quad's x; zeros where nothing is wanted. */
+    __device__ void load()
     {
-        const int64_t at = head_of_slot<HEAD_DIM>(work, group, slot_of_quad(quad), head) + chunk * CHUNK;
+        const int64_t at = head_of_slot<HEAD_DIM>(work, group, first, head) + chunk * CHUNK;
         const uint8_t *from = static_cast<const uint8_t *>(side.x) + at * (int64_t)ELEMENT_BYTES<X_TYPE>;
 #pragma unroll
-        for (int s = 0; s < shape::QUADS_AT_ONCE * QUAD; s++) {
-            const uint32_t apart = s / QUAD * shape::QUAD_STEP + s % QUAD; /* from the first slot */
-            const bool wanted = is_wanted(slot_of_quad(quad) + apart);
-            const uint8_t *part = from + apart * work.token_stride * ELEMENT_BYTES<X_TYPE>;
+        for (int t = 0; t < QUAD; t++) {
+            const bool wanted = is_wanted(first + t);
+            const uint8_t *part = from + t * work.token_stride * ELEMENT_BYTES<X_TYPE>;
 #pragma unroll
             for (int i = 0; i < CHUNK_PARTS<X_TYPE>; i++, part += sizeof(uint4))
-                x[s / QUAD][s % QUAD][i] =
-                    wanted ? __ldcs(reinterpret_cast<const uint4 *>(part)) : make_uint4(0, 0, 0, 0);
+                x[t][i] = wanted ? __ldcs(reinterpret_cast<const uint4 *>(part)) : make_uint4(0, 0, 0, 0);
         }
     }
 
@@ -92,8 +82,7 @@ struct plain_packer {
 
     /* Stores mantissas, four channels of a token in a word: BFP12 has a word a chunk, BFP16 two, BFP14 three words two
      * chunks. All lanes. */
-    __device__ void store_mantissas(uint32_t first, const uint32_t (&low)[QUAD], const uint32_t (&high)[QUAD],
-                                    uint32_t stored) const
+    __device__ void store_mantissas(const uint32_t (&low)[QUAD], const uint32_t (&high)[QUAD], uint32_t stored) const
     {
         const head_layout &layout = side.cache.layout;
         const uint32_t bits = layout.mantissa_bits;
@@ -120,8 +109,7 @@ struct plain_packer {
     }
 
     /* Of the first chunk of a block. magnitudes: the block's. */
-    __device__ void store_exponents(uint32_t first, uint32_t block, const uint32_t (&magnitudes)[QUAD],
-                                    uint32_t stored) const
+    __device__ void store_exponents(uint32_t block, const uint32_t (&magnitudes)[QUAD], uint32_t stored) const
     {
         uint8_t *to = tile + exponent_offset(&side.cache.layout, block, first % KSORT_TILE_TOKENS);
         if (stored == ALL_STORED) {
@@ -137,8 +125,7 @@ struct plain_packer {
     }
 
     /* Rounds and stores a quad to BFP. magnitudes: of the lane's block. */
-    __device__ void pack_bfp(uint32_t first, const uint32_t (&magnitudes)[QUAD], const chunk_parts &x,
-                             uint32_t stored) const
+    __device__ void pack_bfp(const uint32_t (&magnitudes)[QUAD], uint32_t stored) const
     {
         const head_layout &layout = side.cache.layout;
         const uint32_t log_lanes = __ffs(layout.block_size / CHUNK) - 1; /* of a block */
@@ -153,12 +140,12 @@ struct plain_packer {
             low[t] = clamped_quad(u[0], u[1], u[2], u[3], limit);
             high[t] = clamped_quad(u[4], u[5], u[6], u[7], limit);
         }
-        store_mantissas(first, low, high, stored);
+        store_mantissas(low, high, stored);
         if ((chunk & ((1 << log_lanes) - 1)) == 0)
-            store_exponents(first, chunk >> log_lanes, magnitudes, stored);
+            store_exponents(chunk >> log_lanes, magnitudes, stored);
     }
 
-    __device__ void pack_floats(uint32_t first, const chunk_parts &x, uint32_t stored) const
+    __device__ void pack_floats(uint32_t stored) const
     {
         const head_layout &layout = side.cache.layout;
         uint8_t *row = tile + row_offset(&layout, first % KSORT_TILE_TOKENS);
@@ -177,7 +164,7 @@ struct plain_packer {
     }
 
     /* Of a quad's wanted slots those whose heads may be stored; the others are told. */
-    __device__ uint32_t accepted(uint32_t first, const uint32_t (&magnitudes)[QUAD], uint32_t wanted) const
+    __device__ uint32_t accepted(const uint32_t (&magnitudes)[QUAD], uint32_t wanted) const
     {
         const uint32_t largest = max(max(magnitudes[0], magnitudes[1]), max(magnitudes[2], magnitudes[3]));
         const uint32_t storable = largest_storable(side);
@@ -195,29 +182,17 @@ struct plain_packer {
         return stored;
     }
 
-    __device__ void pack_quad(uint32_t first, const chunk_parts &x) const
+    /* All lanes of a warp, once load() was called. */
+    __device__ void pack() const
     {
         const head_layout &layout = side.cache.layout;
         uint32_t magnitudes[QUAD];
         largest_of_blocks<X_TYPE>(x, is_bfp(layout.type) ? layout.block_size / CHUNK : 1, magnitudes);
-        const uint32_t stored = accepted(first, magnitudes, wanted_slots(first));
+        const uint32_t stored = accepted(magnitudes, wanted_slots());
         if (is_bfp(layout.type))
-            pack_bfp(first, magnitudes, x, stored);
+            pack_bfp(magnitudes, stored);
         else
-            pack_floats(first, x, stored);
-    }
-
-    /* All lanes of a warp, once load_quads(0) was called. */
-    __device__ void pack()
-    {
-#pragma unroll
-        for (int quad = 0; quad < shape::QUADS; quad += shape::QUADS_AT_ONCE) {
-            if (quad > 0)
-                load_quads(quad);
-#pragma unroll
-            for (int q = 0; q < shape::QUADS_AT_ONCE; q++)
-                pack_quad(slot_of_quad(quad + q), x[q]);
-        }
+            pack_floats(stored);
     }
 };
 

@@ -1,13 +1,14 @@
 /* Nearest rounding with RoPE: a lane is a slot, so that a channel's partner, frequency and sign are the same for all
- * lanes of a warp, and a unit of 32 channels is within a lane. A thread block takes 32 slots of a few heads, two heads
- * a stage:
+ * lanes of a warp, and a unit of 32 channels is within a lane. A thread block takes 32 slots of GROUP_HEADS heads:
  *
- *     heads 0, 1    rows  turn  wait  round, store           warp = unit of channels, lane = slot
- *           2, 3          rows        turn  wait  round ...  wait: the next rows are staged, and units know each
- *                                                            other's largest magnitudes
+ *     rows, turns, angles --> shared memory   all threads: everything is asked for at once
+ *     turn                                    warp = unit of channels, lane = slot
+ *     wait                                    units know each other's largest magnitudes
+ *     round, store
  *
  * A channel of 32 slots takes shared memory about 7 cycles: 2 for cos and sin, 1 for the partner, 1 for its turn, half
- * a one for its own value, the rest for staging and maxima.
+ * a one for its own value, the rest for staging and maxima. Few heads a block, and so many blocks a multiprocessor:
+ * some load while others turn. Twice the heads would halve what is read of cos and sin, and was slower.
  */
 #ifndef KSORT_PACK_ROPE_CUH
 #define KSORT_PACK_ROPE_CUH
@@ -57,7 +58,7 @@ struct rope_packer {
         }
     }
 
-    /* A warp's unit in a stage. */
+    /* A warp's unit. */
     struct unit_place {
         uint32_t head, in_head; /* head of the block; unit of the head */
         bool exists, has_second;
@@ -68,13 +69,12 @@ struct rope_packer {
         }
     };
 
-    __device__ unit_place unit_of_stage(int stage) const
+    __device__ unit_place unit_of_warp() const
     {
-        const uint32_t of_stage = rows.warp / shape::UNITS;
         unit_place unit;
-        unit.head = stage * shape::STAGE_HEADS + of_stage;
+        unit.head = rows.warp / shape::UNITS;
         unit.in_head = rows.warp % shape::UNITS;
-        unit.exists = of_stage < shape::STAGE_HEADS && unit.head < rows.n_heads;
+        unit.exists = unit.head < rows.n_heads;
         unit.has_second = HEAD_DIM % UNIT == 0 || unit.channel() + HALF_UNIT < HEAD_DIM;
         return unit;
     }
@@ -92,19 +92,18 @@ struct rope_packer {
     }
 
     /* The largest magnitude of n units of the unit's head from `first` on, of the lane's slot. */
-    __device__ uint32_t largest_of_units(int stage, const unit_place &unit, uint32_t first, uint32_t n) const
+    __device__ uint32_t largest_of_units(const unit_place &unit, uint32_t first, uint32_t n) const
     {
-        const uint32_t of_head = unit.head % shape::STAGE_HEADS * shape::UNITS;
         uint32_t largest = 0;
         for (uint32_t u = first; u < first + n && u < shape::UNITS; u++)
-            largest = max(largest, rows.smem.magnitudes[stage % 2][of_head + u][rows.lane]);
+            largest = max(largest, rows.smem.magnitudes[unit.head * shape::UNITS + u][rows.lane]);
         return largest;
     }
 
     /* Whether the lane's slot of the unit's head must not be stored; told by one warp. */
-    __device__ bool is_refused(int stage, const unit_place &unit) const
+    __device__ bool is_refused(const unit_place &unit) const
     {
-        if (largest_of_units(stage, unit, 0, shape::UNITS) <= largest_storable(rows.side))
+        if (largest_of_units(unit, 0, shape::UNITS) <= largest_storable(rows.side))
             return false;
         if (unit.in_head == 0 && rows.is_wanted(rows.lane))
             tell_refusal<HEAD_DIM, X_TYPE>(rows.work, rows.side, rows.group, rows.group.first + rows.lane,
@@ -113,13 +112,13 @@ struct rope_packer {
     }
 
     /* Stored exponents of the unit's halves. magnitudes: of the halves. */
-    __device__ void find_exponents(int stage, const unit_place &unit, const uint32_t (&magnitudes)[2],
+    __device__ void find_exponents(const unit_place &unit, const uint32_t (&magnitudes)[2],
                                    uint32_t (&exponents)[2]) const
     {
         const uint32_t block_size = rows.side.cache.layout.block_size, units = block_size / UNIT; /* a power of two */
         uint32_t largest = max(magnitudes[0], magnitudes[1]);
         if (block_size > UNIT)
-            largest = largest_of_units(stage, unit, unit.in_head & ~(units - 1), units);
+            largest = largest_of_units(unit, unit.in_head & ~(units - 1), units);
         exponents[0] = (block_size < UNIT ? magnitudes[0] : largest) >> 23;
         exponents[1] = (block_size < UNIT ? magnitudes[1] : largest) >> 23;
     }
@@ -150,54 +149,28 @@ struct rope_packer {
         }
     }
 
-    /* All threads of the block; tile: of the block's first head. */
-    __device__ void pack(uint8_t *tile) const
+    /* All threads of the block. */
+    __device__ void pack() const
     {
-        typename rows_type::table_entries tables;
-        rows.load_tables(tables);
-        typename rows_type::lane_angles angles;
-        if (STAGED)
-            rows.load_angles(angles);
-        constexpr int AT_ONCE = rows_type::HEADS_AT_ONCE;
-        const uint8_t *from = rows.first_piece();
-        uint4 pieces[AT_ONCE][rows_type::LOADS];
-#pragma unroll
-        for (int head = 0; head < AT_ONCE; head++)
-            rows.load_rows(from, head, pieces[head]);
-        const auto stage_heads = [&](int first) {
-#pragma unroll
-            for (int head = first; head < first + shape::STAGE_HEADS; head++) {
-                rows.stage_rows(head, pieces[head % AT_ONCE]);
-                if (head + AT_ONCE < shape::HEADS)
-                    rows.load_rows(from, head + AT_ONCE, pieces[head % AT_ONCE]);
-            }
-        };
-        rows.stage_turns(tables);
-        if (STAGED)
-            rows.stage_angles(angles);
-        stage_heads(0);
+        rows.stage();
         __syncthreads();
-#pragma unroll
-        for (int stage = 0; stage < shape::STAGES; stage++) {
-            const unit_place unit = unit_of_stage(stage);
-            float y[2][HALF_UNIT];
-            uint32_t magnitudes[2] = {0, 0};
-            if (unit.exists) {
-                turn_unit(unit, y, magnitudes);
-                rows.smem.magnitudes[stage % 2][rows.warp][rows.lane] = max(magnitudes[0], magnitudes[1]);
-            }
-            if (stage + 1 < shape::STAGES)
-                stage_heads((stage + 1) * shape::STAGE_HEADS);
-            const uint32_t largest = max(magnitudes[0], magnitudes[1]);
-            const bool wanted = rows.is_wanted(rows.lane);
-            const bool refuses = __syncthreads_or(wanted && largest > largest_storable(rows.side));
-            if (!unit.exists)
-                continue;
-            const bool is_stored = wanted && !(refuses && is_refused(stage, unit));
-            uint32_t exponents[2];
-            find_exponents(stage, unit, magnitudes, exponents);
-            store_unit(unit, tile + unit.head * rows.side.cache.pages.head_stride, is_stored, exponents, y);
+        const unit_place unit = unit_of_warp();
+        float y[2][HALF_UNIT];
+        uint32_t magnitudes[2] = {0, 0};
+        if (unit.exists) {
+            turn_unit(unit, y, magnitudes);
+            rows.smem.magnitudes[rows.warp][rows.lane] = max(magnitudes[0], magnitudes[1]);
         }
+        const uint32_t largest = max(magnitudes[0], magnitudes[1]);
+        const bool wanted = rows.is_wanted(rows.lane);
+        const bool refuses = __syncthreads_or(wanted && largest > largest_storable(rows.side));
+        if (!unit.exists)
+            return;
+        const bool is_stored = wanted && !(refuses && is_refused(unit));
+        uint32_t exponents[2];
+        find_exponents(unit, magnitudes, exponents);
+        uint8_t *tile = tile_of_group(rows.side, rows.group, rows.first_head + unit.head);
+        store_unit(unit, tile, is_stored, exponents, y);
     }
 };
 

@@ -19,8 +19,7 @@ struct rope_shape {
     static constexpr int THREADS = strip_shape<HEAD_DIM>::THREADS, WARPS = THREADS / WARP;
     static constexpr int HEADS = GROUP_HEADS<HEAD_DIM, X_TYPE>;
     static constexpr int UNITS = (HEAD_DIM + UNIT - 1) / UNIT; /* of a head */
-    static constexpr int STAGE_HEADS = HEADS > 1 ? 2 : 1, STAGES = HEADS / STAGE_HEADS;
-    static_assert(STAGE_HEADS * UNITS <= WARPS, "a warp for each unit");
+    static_assert(HEADS * UNITS <= WARPS, "a warp for each unit");
     static constexpr int ROW_WORDS = HEAD_DIM * ELEMENT_BYTES<X_TYPE> / 4 + 1;
     static constexpr int NO_TURN = HEAD_DIM / 2;         /* row of angles */
     static constexpr int ANGLES_A_ROW = GROUP_SLOTS + 1; /* neighbouring frequencies are written to different banks */
@@ -39,7 +38,7 @@ struct rope_smem {
     alignas(16) channel_turn turns[shape::HEADS * HEAD_DIM];
     float2 angles[shape::NO_TURN + 1][shape::ANGLES_A_ROW]; /* cos and sin */
     uint32_t rows[shape::HEADS][GROUP_SLOTS][shape::ROW_WORDS];
-    uint32_t magnitudes[2][shape::WARPS][GROUP_SLOTS]; /* of this stage's units and those of the one before */
+    uint32_t magnitudes[shape::WARPS][GROUP_SLOTS]; /* of units */
 };
 
 /* A thread block's keys. STAGED: angles come through shared memory, HEAD_DIM / 2 of them at most. */
@@ -67,10 +66,6 @@ struct rope_rows {
     static constexpr int LOADS_A_ROW = PIECES <= 8 ? 1 : PIECES <= 16 ? 2 : PIECES <= 32 ? 4 : 8;
     static constexpr int SLOT_STEP = SLOTS_A_LOAD * shape::WARPS / LOADS_A_ROW; /* that the block loads together */
     static constexpr int LOADS = GROUP_SLOTS / SLOT_STEP;                       /* of a head */
-    static constexpr int REGISTER_LOADS = STAGED ? 8 : 4; /* that registers hold */
-    static constexpr int HEADS_AT_ONCE = LOADS * shape::HEADS <= REGISTER_LOADS ? shape::HEADS
-                                         : LOADS < REGISTER_LOADS               ? REGISTER_LOADS / LOADS
-                                                                                : 1;
 
     __device__ uint32_t piece() const
     {
@@ -82,24 +77,28 @@ struct rope_rows {
         return load * SLOT_STEP + warp / LOADS_A_ROW * SLOTS_A_LOAD + lane / PIECES_A_LOAD;
     }
 
-    /* The lane's first piece of head 0: it may be of a slot before the first new one, and is not read then. */
-    __device__ const uint8_t *first_piece() const
+    /* The slot that stands for slot s of the group: one that is packed. What comes of the others, nobody stores. */
+    __device__ uint32_t packed_slot(uint32_t s) const
     {
-        const int64_t at = head_of_slot<HEAD_DIM>(work, group, group.first + slot_of_load(0), first_head);
-        return static_cast<const uint8_t *>(side.x) + at * (int64_t)ELEMENT_BYTES<X_TYPE> + 16 * piece();
+        return min(max(group.first + s, group.n_cached), group.n_cached + n_packed - 1);
     }
 
-    /* from: first_piece() */
-    __device__ void load_rows(const uint8_t *from, int head, uint4 (&pieces)[LOADS]) const
+    using row_pieces = uint4[shape::HEADS][LOADS];
+
+    __device__ void load_rows(row_pieces &pieces) const
     {
-        from += head * HEAD_DIM * ELEMENT_BYTES<X_TYPE>;
 #pragma unroll
-        for (int i = 0; i < LOADS; i++, from += SLOT_STEP * work.token_stride * ELEMENT_BYTES<X_TYPE>)
-            if (piece() < PIECES && is_wanted(slot_of_load(i)) && head < n_heads)
-                pieces[i] = __ldcs(reinterpret_cast<const uint4 *>(from));
+        for (int i = 0; i < LOADS; i++) {
+            const int64_t at = head_of_slot<HEAD_DIM>(work, group, packed_slot(slot_of_load(i)), first_head);
+            const uint8_t *from = static_cast<const uint8_t *>(side.x) + at * (int64_t)ELEMENT_BYTES<X_TYPE> +
+                                  16 * min(piece(), (uint32_t)PIECES - 1);
+#pragma unroll
+            for (int head = 0; head < shape::HEADS; head++, from += HEAD_DIM * ELEMENT_BYTES<X_TYPE>)
+                if (head < n_heads)
+                    pieces[head][i] = __ldcs(reinterpret_cast<const uint4 *>(from));
+        }
     }
 
-    /* Rows that were not loaded hold anything: nobody stores what comes of them. */
     __device__ void stage_rows(int head, const uint4 (&pieces)[LOADS]) const
     {
 #pragma unroll
@@ -116,18 +115,18 @@ struct rope_rows {
 
     __device__ void load_angles(lane_angles &angles) const
     {
-        const uint32_t n = work.rope.n_frequencies, first = warp * ANGLE_SLOTS;
-        const size_t at = (size_t)(group.first + first) * n + lane;
-        const float *cosines = work.rope.cos + at, *sines = work.rope.sin + at;
+        const uint32_t n = work.rope.n_frequencies;
 #pragma unroll
-        for (int s = 0; s < ANGLE_SLOTS; s++, cosines += n, sines += n)
+        for (int s = 0; s < ANGLE_SLOTS; s++) {
+            const size_t row = (size_t)packed_slot(warp * ANGLE_SLOTS + s) * n;
 #pragma unroll
-            for (uint32_t i = 0; i < ANGLES_A_SLOT; i++)
-                if (i * WARP + lane < n && is_wanted(first + s))
-                    angles[s][i] = make_float2(cosines[i * WARP], sines[i * WARP]);
+            for (uint32_t i = 0; i < ANGLES_A_SLOT; i++) {
+                const size_t at = row + min(i * WARP + lane, n - 1);
+                angles[s][i] = make_float2(work.rope.cos[at], work.rope.sin[at]);
+            }
+        }
     }
 
-    /* Angles that were not loaded hold anything, as rows. */
     __device__ void stage_angles(const lane_angles &angles) const
     {
 #pragma unroll
@@ -171,6 +170,25 @@ struct rope_rows {
             if (c < CHANNELS)
                 smem.turns[c] = {partner * ELEMENT_BYTES<X_TYPE>, angle | (sign < 0 ? 1u << 31 : 0)};
         }
+    }
+
+    /* Everything into shared memory: all is asked for before anything is waited for. */
+    __device__ void stage() const
+    {
+        row_pieces pieces;
+        load_rows(pieces);
+        table_entries tables;
+        load_tables(tables);
+        lane_angles angles;
+        if (STAGED)
+            load_angles(angles);
+        __syncthreads(); /* else the compiler asks for a few angles at a time, to save registers: 10% slower in all */
+        stage_turns(tables);
+        if (STAGED)
+            stage_angles(angles);
+#pragma unroll
+        for (int head = 0; head < shape::HEADS; head++)
+            stage_rows(head, pieces[head]);
     }
 };
 

@@ -2,7 +2,7 @@
 #ifndef KSORT_PACK_SHARED_CUH
 #define KSORT_PACK_SHARED_CUH
 
-#include "device.cuh"
+#include "pack_chunks.cuh"
 
 /* Addresses in shared memory are taken as numbers: sums of a lane's and a channel's part stay single instructions. */
 __device__ inline uint32_t shared_address(const void *pointer)
@@ -47,10 +47,7 @@ __device__ inline float2 load_shared_pair(uint32_t address)
         return make_float2(load_shared_value<X_TYPE>(address), load_shared_value<X_TYPE>(address + 4));
     uint32_t bits;
     asm volatile("ld.shared.u32 %0, [%1];" : "=r"(bits) : "r"(address));
-    if constexpr (X_TYPE == KSORT_F16)
-        return make_float2(__half2float(__ushort_as_half((uint16_t)bits)),
-                           __half2float(__ushort_as_half((uint16_t)(bits >> 16))));
-    return make_float2(bits_float(bits << 16), bits_float(bits & 0xFFFF0000u));
+    return pair_values<X_TYPE>(bits);
 }
 
 #endif /* KSORT_PACK_SHARED_CUH */

@@ -20,8 +20,7 @@ struct pack_side {
 struct pack_work {
     pack_side sides[2];
     uint32_t n_sides;
-    uint32_t n_parts;    /* strips, or groups of slots with nearest rounding, that the tokens of a sequence can touch */
-    uint32_t rope_heads; /* nearest rounding: heads of a thread block with RoPE */
+    uint32_t block_heads; /* nearest rounding: heads of a thread block */
     uint32_t n_kv_heads;
     ksort_cuda_tokens tokens;
     ksort_rope rope;
