@@ -5,7 +5,8 @@
 No model: keys, values and queries are random normal. A step is one query token that sees `depth` tokens, in the
 runner's own native call, RoPE of the query included. Steps go round over enough copies of the caches to fill the
 processor's last cache four times (one copy where that alone does), so that every byte comes from memory, as in a model
-of many layers; a turn is eight steps or more. GB/s counts the bytes that must move: the tiles of keys and values that the token sees, once.
+of many layers; a turn is eight steps or more. GB/s counts the bytes that must move: the tiles of keys and values that
+the token sees, once.
 
 The read bandwidth is that of the fastest of three readers of one large buffer, with as many threads, by their medians:
 NumPy's bitwise or of int64, NumPy's maximum of float32 (a piece a thread each), and libksort's linear with one row.

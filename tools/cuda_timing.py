@@ -1,15 +1,14 @@
 """Times of calls that only enqueue work on a GPU, and the speed of its memory."""
 
+import math
 import statistics
 from collections.abc import Callable
-from itertools import cycle, islice
 
 import torch
 
 COPY_BYTES = 1 << 30
 L2_TIMES = 4  # what the calls of a measurement go through, at least
-_LEAST_CALLS = 8  # in a graph, so that what a replay itself takes counts little
-
+_REPLAY_US = 2000  # that a replay takes, about: starting one, which is measured with it, takes some 14
 
 def n_copies(n_bytes: int) -> int:
     """Copies of data of `n_bytes` that the GPU's L2 cannot hold: every byte then comes from memory."""
@@ -18,14 +17,20 @@ def n_copies(n_bytes: int) -> int:
 
 def call_us(calls: list[Callable[[], object]], repetitions: int) -> float:
     """Median microseconds of one call, over replays of a CUDA graph that goes round over `calls`."""
-    n_calls = max(len(calls), _LEAST_CALLS)
     calls[0]()  # what is set up on first use cannot be captured
     torch.cuda.synchronize()
+    n_rounds = math.ceil(_REPLAY_US / _replay_us(calls, 1, 1))
+    return _replay_us(calls, n_rounds, repetitions) / (n_rounds * len(calls))
+
+
+def _replay_us(calls: list[Callable[[], object]], n_rounds: int, repetitions: int) -> float:
+    """Median microseconds of a graph of all calls, `n_rounds` times."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for call in islice(cycle(calls), n_calls):
-            call()
-    return _median_us(graph.replay, repetitions) / n_calls
+        for _ in range(n_rounds):
+            for call in calls:
+                call()
+    return _median_us(graph.replay, repetitions)
 
 
 def copy_gb_s(repetitions: int) -> float:
