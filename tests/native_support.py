@@ -227,8 +227,8 @@ SHARE = 0.05
 def integer_bound(v: np.ndarray, v_type: str | None) -> float:
     """What multiplying BFP12 values by integers may add to attend_bound; 0 for other types.
 
-    weight * step is rounded to units of 2^-16 of a tile's largest weight times its largest step, twice where the step is
-    smaller than the largest: off by at most 1/2 + 1/4. A value is at most 2 steps, so 64 tokens err by no more than
+    weight * step is rounded to units of 2^-16 of a tile's largest weight times its largest step, twice where the step
+    is smaller than the largest: off by at most 1/2 + 1/4. A value is at most 2 steps, so 64 tokens err by no more than
     64 * 2 * 3/4 * 2^-16 = 1.5 * 2^-10 of it; they are held to 2^-10. A block's largest value is at least its step, so
     that is 2^-10 V times a weight of the tile, and the tiles' largest weights sum to no more than all weights.
     """

@@ -10,6 +10,7 @@ COPY_BYTES = 1 << 30
 L2_TIMES = 4  # what the calls of a measurement go through, at least
 _REPLAY_US = 2000  # that a replay takes, about: starting one, which is measured with it, takes some 14
 
+
 def n_copies(n_bytes: int) -> int:
     """Copies of data of `n_bytes` that the GPU's L2 cannot hold: every byte then comes from memory."""
     return -(-L2_TIMES * torch.cuda.get_device_properties().L2_cache_size // n_bytes)
