@@ -16,7 +16,7 @@
  * Heads of up to 128 channels on sm_90a are prompt_wgmma.cuh's.
  *
  * P has the bits that outputs can keep: for f32 it is split in two f16 parts (22 bits), which makes 3 products of 2, and
- * some 100 us of 370 on an H100 (4096 tokens, 32 heads on 8); for f16 and bf16 one part (11 bits) does.
+ * some 120 us of 390 on an H100 (4096 tokens, 32 heads on 8); for f16 and bf16 one part (11 bits) does.
  * Bytes that must move: packed K and V of what is seen, once a CTA (from L2: the CTAs of a KV head run side by side),
  * queries in bf16 and out once. Work: 4 * head_dim flops (f32 outputs: 6) for each pair of a row and a slot, far above
  * what bytes cost.
