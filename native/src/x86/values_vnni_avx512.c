@@ -12,8 +12,8 @@
  *            low nibbles:  channels 8w + c      x 4 rows x 2 digits \  16 sums in registers, each product
  *            high nibbles: channels 8w + 4 + c  x 4 rows x 2 digits /  with a quad of digits in all lanes
  *
- *      and beside the products, whose one multiplier a cycle leaves the other units idle, a row's step 2 of the next
- *      block for every strip
+ *      and between the products, whose one multiplier a cycle leaves the other units idle, the next strip is
+ *      transposed, and a row's step 2 of the next block taken
  *   4. 256 * high digits + low digits, to float, times the largest weight and step, into the accumulators
  *
  * A product of weight and step is off by at most 2^-16 of the tile's largest weight times the block's largest step.
@@ -45,7 +45,8 @@ struct block_weights {
     /* A token's step is the largest * 2^-shift. Tokens are as in integer_rows. */
     __m512i shifts[2]; /* by one less, as the last place is rounded away; 0 for no shift */
     __m512i whole[2];  /* all ones for no shift */
-    float unit;        /* value of a mantissa's unit times that of a digit's */
+    float unit;        /* value of a mantissa's unit times that of a digit's where the row's largest weight is 1 */
+    float units[ROWS_AT_ONCE]; /* the same for the rows' largest weights */
     _Alignas(64) row_digits digits[ROWS_AT_ONCE];
 };
 
@@ -137,32 +138,41 @@ ALWAYS_INLINE void weigh_row(const __m512i weights[2], const struct block_weight
     _mm512_store_si512(digits[1], high);
 }
 
-/* 4 words of a strip's 16 tokens, transposed: fours[p] has tokens 4p .. 4p+3 in the bytes of lanes, byte c of word w in
- * lane c of part w. (Masked loads in place of offsets that repeat took a quarter more time for the whole.) */
-ALWAYS_INLINE void load_words(const uint8_t *words, const uint32_t offsets[WORDS_AT_ONCE], __m512i fours[PARTS])
+/* 4 words of a strip's 16 tokens being transposed: fours[p] gets tokens 4p .. 4p+3 in the bytes of lanes, byte c of word
+ * w in lane c of part w. (Masked loads in place of offsets that repeat took a quarter more time for the whole.) */
+struct transposed_words {
+    __m512i front[2], back[2]; /* parts 0 and 1, parts 2 and 3 of two words each */
+    __m512i fours[PARTS];
+};
+
+/* Steps 0 .. PARTS-1, one after another: other work stands between them. step is a constant. */
+ALWAYS_INLINE void transpose_step(const uint8_t *words, const uint32_t offsets[WORDS_AT_ONCE], const uint32_t step,
+                                  struct transposed_words *strip)
 {
     const __m128i columns = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    const __m512i transposed = _mm512_broadcast_i32x4(columns);
-    __m512i w[WORDS_AT_ONCE];
-    for (int i = 0; i < WORDS_AT_ONCE; i++)
-        w[i] = _mm512_loadu_si512(words + offsets[i]);
-    __m512i front[2] = {_mm512_shuffle_i32x4(w[0], w[1], 0x44), _mm512_shuffle_i32x4(w[2], w[3], 0x44)};
-    __m512i back[2] = {_mm512_shuffle_i32x4(w[0], w[1], 0xEE), _mm512_shuffle_i32x4(w[2], w[3], 0xEE)};
-    fours[0] = _mm512_shuffle_epi8(_mm512_shuffle_i32x4(front[0], front[1], 0x88), transposed);
-    fours[1] = _mm512_shuffle_epi8(_mm512_shuffle_i32x4(front[0], front[1], 0xDD), transposed);
-    fours[2] = _mm512_shuffle_epi8(_mm512_shuffle_i32x4(back[0], back[1], 0x88), transposed);
-    fours[3] = _mm512_shuffle_epi8(_mm512_shuffle_i32x4(back[0], back[1], 0xDD), transposed);
+    const __m512i in_lanes = _mm512_broadcast_i32x4(columns);
+    if (step < 2) {
+        __m512i even = _mm512_loadu_si512(words + offsets[2 * step]);
+        __m512i odd = _mm512_loadu_si512(words + offsets[2 * step + 1]);
+        strip->front[step] = _mm512_shuffle_i32x4(even, odd, 0x44);
+        strip->back[step] = _mm512_shuffle_i32x4(even, odd, 0xEE);
+    } else {
+        const __m512i *halves = step == 2 ? strip->front : strip->back;
+        __m512i *fours = &strip->fours[2 * (step - 2)];
+        fours[0] = _mm512_shuffle_epi8(_mm512_shuffle_i32x4(halves[0], halves[1], 0x88), in_lanes);
+        fours[1] = _mm512_shuffle_epi8(_mm512_shuffle_i32x4(halves[0], halves[1], 0xDD), in_lanes);
+    }
 }
 
-/* out[c] += sums * scale, for 8 * n_words channels (rounded up to 16), of low and of high nibbles. */
-ALWAYS_INLINE void add_channels(__m512i low, __m512i high, uint32_t n_words, float scale, float *out)
+/* out[c] += sums * *unit, for 8 * n_words channels (rounded up to 16), of low and of high nibbles. */
+ALWAYS_INLINE void add_channels(__m512i low, __m512i high, uint32_t n_words, const float *unit, float *out)
 {
     const __m512i first_words = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
     const __m512i last_words = _mm512_add_epi32(first_words, _mm512_set1_epi32(8));
     for (uint32_t half = 0; 2 * half < n_words; half++) {
         __m512i channels = _mm512_permutex2var_epi32(low, half ? last_words : first_words, high);
         __m512 before = _mm512_loadu_ps(out + 16 * half);
-        _mm512_storeu_ps(out + 16 * half, _mm512_fmadd_ps(_mm512_cvtepi32_ps(channels), _mm512_set1_ps(scale), before));
+        _mm512_storeu_ps(out + 16 * half, _mm512_fmadd_ps(_mm512_cvtepi32_ps(channels), _mm512_set1_ps(*unit), before));
     }
 }
 
@@ -189,19 +199,23 @@ ALWAYS_INLINE void accumulate_words(const struct tile_span *values, uint32_t wor
     for (int r = 0; r < n_rows; r++)
         for (int digit = 0; digit < 2; digit++)
             dots[0][r][digit] = dots[1][r][digit] = _mm512_setzero_si512();
+    struct transposed_words strip, next_strip;
+#pragma GCC unroll 4
+    for (uint32_t step = 0; step < PARTS; step++)
+        transpose_step(words, offsets, step, &strip);
     /* All strips as one run of instructions: a strip's loads are then on their way before the prefetches of the one
      * before it, which wait where many lines are asked for (a loop took up to a quarter more time from memory). */
 #pragma GCC unroll 4
     for (uint32_t s = 0; s < STRIPS_PER_TILE; s++) {
-        __m512i fours[PARTS];
-        load_words(words + s * strip_stride, offsets, fours);
-        if (next_block && s < (uint32_t)n_rows)
-            weigh_row(rows->weights[s], next_block, next_block->digits[s]);
 #pragma GCC unroll 4
         for (uint32_t p = 0; p < PARTS; p++) {
             PREFETCH_NEXT(next_words + 64 * s + p * strip_stride);
-            __m512i low = _mm512_and_si512(_mm512_slli_epi32(fours[p], 4), high_nibble);
-            __m512i high = _mm512_and_si512(fours[p], high_nibble);
+            if (s + 1 < STRIPS_PER_TILE)
+                transpose_step(words + (s + 1) * strip_stride, offsets, p, &next_strip);
+            if (next_block && p == 2 && s < (uint32_t)n_rows)
+                weigh_row(rows->weights[s], next_block, next_block->digits[s]);
+            __m512i low = _mm512_and_si512(_mm512_slli_epi32(strip.fours[p], 4), high_nibble);
+            __m512i high = _mm512_and_si512(strip.fours[p], high_nibble);
 #pragma GCC unroll 4
             for (int r = 0; r < n_rows; r++)
 #pragma GCC unroll 2
@@ -211,10 +225,12 @@ ALWAYS_INLINE void accumulate_words(const struct tile_span *values, uint32_t wor
                     dots[1][r][digit] = _mm512_dpbusd_epi32(dots[1][r][digit], weights, high);
                 }
         }
+        if (s + 1 < STRIPS_PER_TILE)
+            strip = next_strip;
     }
 #pragma GCC unroll 4
     for (int r = 0; r < n_rows; r++)
-        add_channels(join_digits(dots[0][r]), join_digits(dots[1][r]), n_words, rows->largest[r] * block->unit,
+        add_channels(join_digits(dots[0][r]), join_digits(dots[1][r]), n_words, &block->units[r],
                      accumulators + r * stride);
 }
 
@@ -240,6 +256,8 @@ ALWAYS_INLINE void accumulate_rows(const struct tile_span *values, const int n_r
             next_block = &blocks[(b + 1) % 2];
             compare_exponents(values, b + 1, inside, next_block);
         }
+        __m128 unit = _mm_set1_ps(blocks[b % 2].unit);
+        _mm_storeu_ps(blocks[b % 2].units, _mm_mul_ps(_mm_loadu_ps(rows.largest), unit));
         for (; word < end; word += WORDS_AT_ONCE, next_block = NULL)
             accumulate_words(values, word, (uint32_t)min_size(end - word, WORDS_AT_ONCE), &rows, &blocks[b % 2],
                              next_block, n_rows, accumulators + 8 * word, stride);
