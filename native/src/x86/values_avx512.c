@@ -18,46 +18,56 @@
 #include "x86/reduce_avx512.h"
 
 #define SOFTMAX_ROWS 4
-#define NOT_FINITE 0x99 /* classes of vfpclassps: quiet NaN, +infinity, -infinity, signalling NaN */
+#define TWICE_INFINITY 0xFF000000u /* bits of an infinity, without its sign; those of a NaN are more */
 #define ROWS_AT_ONCE 8
 #define MAX_REGISTERS 4 /* of one row's channels */
 
 /* Adding this to a float below 2^22 in magnitude rounds it: the sum's lowest bits are the whole number. */
 #define ROUNDING 0x1.8p23f
 
-/* exp of lanes of four registers, x <= 0; 0 outside `lanes` and where x is below EXP_LOWEST or NaN. Step by step over
- * the registers, as each step waits for the one before. */
+#define EXP_Q0 0x1.00021ep-1f
+#define EXP_Q1 0x1.55559ap-3f
+
+/* 2^(i/16), less what i << 19 adds to it. */
+static const _Alignas(64) uint32_t POWERS[16] = {
+    0x3f800000, 0x3f7daac3, 0x3f7b95c2, 0x3f79c3d3, 0x3f7837f0, 0x3f76f532, 0x3f75fed7, 0x3f75583f,
+    0x3f7504f3, 0x3f7508a4, 0x3f75672a, 0x3f76248c, 0x3f7744fd, 0x3f78ccdf, 0x3f7ac0c7, 0x3f7d257d,
+};
+
+/* exp of lanes of four registers, x <= 0, within 1 ulp; 0 outside `lanes`. Where x is below EXP_LOWEST or NaN, that of
+ * EXP_LOWEST.
+ *
+ * x = n ln(2) / 16 + r with n whole and |r| <= ln(2) / 32, so exp(x) = 2^(n/16) * (1 + r + r^2 (Q0 + Q1 r)), with the
+ * minimax polynomial for the relative error, 1.6e-9, and the power from a table of 16: two multiply-adds less than
+ * vector/exp_constants.h takes. No comparisons, as they would share units with multiply-adds. Step by step over the
+ * registers, as each step waits for the one before. */
 ALWAYS_INLINE void exp_of_four(const __mmask16 lanes[4], __m512 x[4])
 {
-    __m512 r[4], p[4];
+    const __m512i powers = _mm512_load_si512(POWERS);
+    __m512 r[4], p[4], power[4];
     __m512i n[4];
-    __mmask16 counts[4];
     for (int i = 0; i < 4; i++) {
-        counts[i] = _mm512_mask_cmp_ps_mask(lanes[i], x[i], _mm512_set1_ps(EXP_LOWEST), _CMP_GE_OQ);
-        __m512 rounded = _mm512_fmadd_ps(x[i], _mm512_set1_ps(EXP_LOG2_E), _mm512_set1_ps(ROUNDING));
+        x[i] = _mm512_max_ps(x[i], _mm512_set1_ps(EXP_LOWEST));
+        __m512 rounded = _mm512_fmadd_ps(x[i], _mm512_set1_ps(16 * EXP_LOG2_E), _mm512_set1_ps(ROUNDING));
         n[i] = _mm512_castps_si512(rounded);
         r[i] = _mm512_sub_ps(rounded, _mm512_set1_ps(ROUNDING));
     }
     for (int i = 0; i < 4; i++)
-        x[i] = _mm512_fnmadd_ps(r[i], _mm512_set1_ps(EXP_LN2_HIGH), x[i]);
+        x[i] = _mm512_fnmadd_ps(r[i], _mm512_set1_ps(EXP_LN2_HIGH / 16), x[i]);
     for (int i = 0; i < 4; i++)
-        r[i] = _mm512_fnmadd_ps(r[i], _mm512_set1_ps(EXP_LN2_LOW), x[i]);
-    for (int i = 0; i < 4; i++)
-        p[i] = _mm512_fmadd_ps(_mm512_set1_ps(EXP_P4), r[i], _mm512_set1_ps(EXP_P3));
-    for (int i = 0; i < 4; i++)
-        p[i] = _mm512_fmadd_ps(p[i], r[i], _mm512_set1_ps(EXP_P2));
-    for (int i = 0; i < 4; i++)
-        p[i] = _mm512_fmadd_ps(p[i], r[i], _mm512_set1_ps(EXP_P1));
-    for (int i = 0; i < 4; i++)
-        p[i] = _mm512_fmadd_ps(p[i], r[i], _mm512_set1_ps(EXP_P0));
-    for (int i = 0; i < 4; i++)
-        p[i] = _mm512_fmadd_ps(p[i], r[i], _mm512_set1_ps(1.0f));
-    for (int i = 0; i < 4; i++)
-        p[i] = _mm512_fmadd_ps(p[i], r[i], _mm512_set1_ps(1.0f));
-    for (int i = 0; i < 4; i++) { /* times 2^n */
-        __m512i bits = _mm512_add_epi32(_mm512_castps_si512(p[i]), _mm512_slli_epi32(n[i], 23));
-        x[i] = _mm512_castsi512_ps(_mm512_maskz_mov_epi32(counts[i], bits));
+        r[i] = _mm512_fnmadd_ps(r[i], _mm512_set1_ps(EXP_LN2_LOW / 16), x[i]);
+    for (int i = 0; i < 4; i++) { /* n's lowest four bits choose a power, the others go to its exponent */
+        __m512i bits = _mm512_permutexvar_epi32(n[i], powers);
+        power[i] = _mm512_castsi512_ps(_mm512_add_epi32(bits, _mm512_slli_epi32(n[i], 19)));
     }
+    for (int i = 0; i < 4; i++)
+        p[i] = _mm512_fmadd_ps(_mm512_set1_ps(EXP_Q1), r[i], _mm512_set1_ps(EXP_Q0));
+    for (int i = 0; i < 4; i++)
+        p[i] = _mm512_fmadd_ps(p[i], r[i], _mm512_set1_ps(1.0f));
+    for (int i = 0; i < 4; i++)
+        p[i] = _mm512_mul_ps(p[i], r[i]);
+    for (int i = 0; i < 4; i++)
+        x[i] = _mm512_maskz_fmadd_ps(lanes[i], power[i], p[i], power[i]);
 }
 
 /* Lane r, a constant, in all lanes. */
@@ -95,13 +105,15 @@ ALWAYS_INLINE void softmax_rows(float (*scores)[KSORT_TILE_TOKENS], const int n_
     __mmask16 rises = 0;
     __mmask8 overflows = 0;
     for (int r = 0; r < n_rows; r++) {
-        __mmask16 not_finite = 0;
+        __m512i magnitudes = _mm512_setzero_si512(); /* twice the bits */
         largest[r] = _mm512_set1_ps(-INFINITY);
         for (int i = 0; i < STRIPS_PER_TILE; i++) {
             __m512 score = _mm512_loadu_ps(&scores[r][STRIP_TOKENS * i]);
             largest[r] = _mm512_mask_max_ps(largest[r], lanes[i], largest[r], score);
-            not_finite |= _mm512_mask_fpclass_ps_mask(lanes[i], score, NOT_FINITE);
+            __m512i bits = _mm512_slli_epi32(_mm512_castps_si512(score), 1);
+            magnitudes = _mm512_mask_max_epu32(magnitudes, lanes[i], magnitudes, bits);
         }
+        __mmask16 not_finite = _mm512_cmpge_epu32_mask(magnitudes, _mm512_set1_epi32((int32_t)TWICE_INFINITY));
         overflows |= (__mmask8)((not_finite != 0) << r);
         rises |= _mm512_cmp_ps_mask(largest[r], lane_in_all(before, r), _CMP_GT_OQ);
     }
