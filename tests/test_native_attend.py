@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 from native_support import (
     BFP_TYPES,
+    EXP_ERROR,
     FLOAT_TYPES,
+    UNIT,
     Shape,
     assert_close,
     attend_bound,
@@ -93,6 +95,25 @@ def test_splits_agree(level, rng, k_type, n_queries):
     for nth in (2, 3, 5, 8, 64):
         out = native.attend(k_cache, v_cache, q, 1000, scale=0.125, nth=nth, **rope)
         assert (np.abs(out - whole) <= 2 * bound).all()
+
+
+@pytest.mark.parametrize("group", [1, 4])
+def test_weights_are_exp(level, rng, group):
+    """Catches an exp whose error is more than attend_bound counts with, such as a wrong entry of a table: among many
+    slots it would not show. Every KV head has a score of 0 and one of -x: out = exp(-x) / (1 + exp(-x))."""
+    n_kv_heads = 4096
+    x = np.concatenate([np.linspace(0, 86.9, n_kv_heads // 2), rng.uniform(0, 2, n_kv_heads // 2)]).astype(np.float32)
+    k, v = np.zeros((2, 2, n_kv_heads, 2), dtype=np.float32)
+    k[1, :, 0], v[1] = -x, 1.0
+    (k_cache, _), (v_cache, _) = (new_cache("f32", 2, 16, n_kv_heads, 2) for _ in range(2))
+    k_cache.pack(k, 0)
+    v_cache.pack(v, 0)
+    q = np.tile(np.float32([1, 0]), (1, n_kv_heads * group, 1))
+    out = native.attend(k_cache, v_cache, q, 1, scale=1.0, query_type="f32")
+    weight = np.repeat(np.exp(-x.astype(float)), group)[None, :, None]
+    expected = weight / (1 + weight)
+    roundings = np.where(weight > UNIT, 3, 0)  # of the sum, its inverse and the product; else the sum is 1
+    assert (np.abs(out - expected) <= (EXP_ERROR + roundings * UNIT) * expected).all()
 
 
 def test_folding_changes_nothing(level, rng):
