@@ -1,13 +1,10 @@
-/* Chunks of eight neighbouring channels, each held by one lane: loaded, rounded to the nearest, stored. Packing by
- * nearest rounding and preparing queries share this; heads of queries also come through shared memory, where
- * partners in RoPE are looked up.
+/* Chunks of eight neighbouring channels, each held by one lane: rounded to the nearest and stored. Packing by nearest
+ * rounding and preparing queries share this.
  *
  * Operations are FORMAT.md's, each rounded on its own.
  */
 #ifndef KSORT_PACK_CHUNKS_CUH
 #define KSORT_PACK_CHUNKS_CUH
-
-#include <cuda_pipeline.h>
 
 #include "encode.cuh"
 
@@ -23,21 +20,6 @@ constexpr uint32_t ELEMENT_BYTES = X_TYPE == KSORT_F32 ? 4 : 2;
 /* Loads of 16 bytes that bring a chunk. */
 template <uint32_t X_TYPE>
 constexpr int CHUNK_PARTS = CHUNK * ELEMENT_BYTES<X_TYPE> / 16;
-
-/* Bytes of a head in shared memory: 16 more than it has, so that neighbouring heads begin in different banks. */
-template <int HEAD_DIM, uint32_t X_TYPE>
-constexpr uint32_t ROW_STRIDE = HEAD_DIM * ELEMENT_BYTES<X_TYPE> + 16;
-
-/* Asks for chunk `chunk` of a head that begins at element `at` of x, into its row of shared memory. */
-template <uint32_t X_TYPE>
-__device__ inline void request_chunk(const void *x, size_t at, uint32_t chunk, uint8_t *row)
-{
-    constexpr uint32_t BYTES = CHUNK * ELEMENT_BYTES<X_TYPE>;
-    const uint8_t *from = static_cast<const uint8_t *>(x) + at * ELEMENT_BYTES<X_TYPE> + chunk * BYTES;
-#pragma unroll
-    for (uint32_t i = 0; i < BYTES; i += 16)
-        __pipeline_memcpy_async(row + chunk * BYTES + i, from + i, 16);
-}
 
 /* The two values of a word of f16 or bf16. */
 template <uint32_t X_TYPE>
@@ -66,30 +48,6 @@ __device__ inline void chunk_values(const uint4 (&parts)[CHUNK_PARTS<X_TYPE>], f
                 y[2 * j + 1] = pair.y;
             }
         }
-    }
-}
-
-/* The values of a row's chunk. */
-template <uint32_t X_TYPE>
-__device__ inline void load_chunk(const uint8_t *row, uint32_t chunk, float (&y)[CHUNK])
-{
-    uint4 parts[CHUNK_PARTS<X_TYPE>];
-#pragma unroll
-    for (int i = 0; i < CHUNK_PARTS<X_TYPE>; i++)
-        parts[i] = reinterpret_cast<const uint4 *>(row)[chunk * CHUNK_PARTS<X_TYPE> + i];
-    chunk_values<X_TYPE>(parts, y);
-}
-
-/* y becomes y * cos + (sign * partner) * sin: of channel j of the chunk, partner(j) is the partner's place in the row
- * in bytes, angle(j) is cos, and sin with the sign. */
-template <uint32_t X_TYPE, class Partner, class Angle>
-__device__ inline void rope_chunk(const uint8_t *row, Partner partner, Angle angle, float (&y)[CHUNK])
-{
-#pragma unroll
-    for (int j = 0; j < CHUNK; j++) {
-        const float other = load_float(row + partner(j), X_TYPE, 0);
-        const float2 turn = angle(j);
-        y[j] = __fadd_rn(__fmul_rn(y[j], turn.x), __fmul_rn(other, turn.y));
     }
 }
 

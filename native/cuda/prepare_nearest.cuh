@@ -1,91 +1,120 @@
-/* Queries whose keys have no transform: a lane holds a chunk of channels of up to QUERY_ROWS rows, which are query
- * heads of one KV head and token: they share partners, cos and sin, and are loaded together.
+/* Queries whose keys have no transform. A lane holds a chunk of channels of a query head; a thread block takes
+ * neighbouring heads, one token after another, so that partners, frequencies and signs are loaded once. A row is on its
+ * way while the one before it is turned and rounded.
  *
- *     q --cp.async--> rows in shared memory --> chunks and partners --RoPE, maxima, rounding--> 8- and 16-byte stores
+ *     cos, sin of the block's positions --> angles in shared memory [token][frequency]
+ *     q --16-byte loads--> chunks --> shared memory, for partners
+ *                             |--RoPE, maxima, rounding--> 8- and 16-byte stores
+ *
+ * Two heads of 128 channels, a warp's work, are about 180 instructions and 40 cycles of shared memory, or 90 where an
+ * order of channels of their own makes lanes meet in banks. Memory takes 100 cycles: H100, 2.5 TB/s.
  */
 #ifndef KSORT_PREPARE_NEAREST_CUH
 #define KSORT_PREPARE_NEAREST_CUH
 
+#include "check.cuh"
 #include "dependent_launch.cuh"
-#include "pack_chunks.cuh"
+#include "pack_shared.cuh"
 #include "phases.cuh"
 
-constexpr int QUERY_ROWS = 4;
-constexpr int QUERY_THREADS = 256; /* of a thread block */
+constexpr uint32_t QUERY_THREADS = 256; /* of a thread block, at most; so are tokens */
+constexpr uint32_t QUERY_TOKENS = 16;
+constexpr int RESIDENT_QUERIES = 4; /* thread blocks of a multiprocessor, as registers allow */
 
-/* Whether rows don't fill a device with more than one row a warp or team. */
-inline bool has_few_rows(const attend_job &job)
-{
-    return (uint64_t)job.tokens.n_tokens * job.n_heads * job.tokens.n_sequences < 8192;
-}
-
-/* Where the rows of a team, the lanes of a head, are. */
-struct query_place {
-    uint32_t kv_head, position, n_rows;
-    size_t first_q;   /* element of q */
-    size_t first_row; /* of the prepared */
-    bool is_new;
-    bool has_position; /* in the RoPE tables */
+/* Heads and tokens of a thread block. */
+struct query_block {
+    uint32_t heads, tokens;
 };
 
-/* rows_a_team: at most QUERY_ROWS. A KV head's query heads fill one team or more; the last may have fewer rows. */
+/* Frequencies of the RoPE tables, at most. */
 template <int HEAD_DIM>
-__device__ inline query_place place_of_team(const attend_job &job, uint32_t rows_a_team)
+constexpr uint32_t QUERY_FREQUENCIES = HEAD_DIM / 2;
+
+/* Where the angle of a frequency is among a token's. In a model's own order of channels, lanes' frequencies are 4 or 8
+ * apart: a place left free after every fourth makes that 5 or 10, which are different banks for 16 lanes, or 8. */
+__host__ __device__ constexpr uint32_t angle_place(uint32_t frequency)
 {
-    const uint32_t n_kv_heads = job.n_heads / job.group, teams_a_group = (job.group + rows_a_team - 1) / rows_a_team;
-    const uint32_t team = (blockIdx.x * QUERY_THREADS + threadIdx.x) / CHUNK_LANES<HEAD_DIM>;
-    const uint32_t token = team / (teams_a_group * n_kv_heads), of_token = team % (teams_a_group * n_kv_heads);
-    const uint32_t first_of_group = of_token % teams_a_group * rows_a_team, sequence = blockIdx.y;
-    query_place place;
-    place.kv_head = of_token / teams_a_group;
-    place.position = (uint32_t)job.tokens.n_cached[sequence] + token;
-    place.n_rows = min(rows_a_team, job.group - first_of_group);
-    place.is_new = token < n_new_of(job.tokens, sequence);
-    place.has_position = !job.rope.partner || place.position < job.tokens.n_positions;
-    const uint32_t head = place.kv_head * job.group + first_of_group;
-    place.first_q = sequence * job.q_sequence_stride + token * job.q_token_stride + (size_t)head * HEAD_DIM;
-    place.first_row = ((size_t)sequence * job.tokens.n_tokens + token) * job.n_heads + head;
-    if (token >= job.tokens.n_tokens)
-        place.n_rows = 0;
-    return place;
+    return frequency + frequency / 4;
 }
 
-/* RoPE of a chunk's channels. One that is not turned has itself for a partner, and the angle of `no_turn`. */
-struct chunk_turns {
-    uint32_t partner[CHUNK];   /* bytes from the start of the head's row in shared memory */
-    uint32_t frequency[CHUNK];
-    uint32_t sign[CHUNK];      /* of the partner: a float's sign bit */
+template <int HEAD_DIM>
+struct query_smem {
+    float values[QUERY_THREADS / WARP][CHUNK][WARP]; /* a warp's: channel of the chunk, lane */
+    /* cos and sin; the last are 1 and 0, for channels that are not turned */
+    float2 angles[QUERY_TOKENS][angle_place(QUERY_FREQUENCIES<HEAD_DIM>) + 1];
 };
 
-/* at: of the chunk's first channel `channel` in tables [n_kv_heads][head_dim]. */
-__device__ inline void load_turns_of_chunk(const ksort_rope &rope, size_t at, uint32_t channel, uint32_t element_bytes,
-                                           uint32_t no_turn, struct chunk_turns &turns)
+/* RoPE of a lane's channels. One that is not turned is its own partner, and its angle is the last. */
+struct chunk_turns {
+    uint32_t partner[CHUNK]; /* shared address of the value */
+    uint32_t angle[CHUNK];   /* shared address, of the first token's */
+    uint32_t sign[CHUNK];    /* of the partner: a float's sign bit */
+};
+
+template <int HEAD_DIM>
+__device__ inline void load_turns_of_chunk(const ksort_rope &rope, uint32_t kv_head, const query_smem<HEAD_DIM> &smem,
+                                           chunk_turns &turns)
 {
+    constexpr uint32_t LANES = CHUNK_LANES<HEAD_DIM>;
+    const uint32_t chunk = lane_of_thread() % LANES, first_lane = lane_of_thread() - chunk;
+    const bool in_head = chunk * CHUNK < HEAD_DIM;
+    const size_t at = (size_t)kv_head * HEAD_DIM + (in_head ? chunk * CHUNK : 0);
+    uint16_t partners[CHUNK], frequencies[CHUNK];
+    int8_t signs[CHUNK];
+    memcpy(partners, __builtin_assume_aligned(rope.partner + at, sizeof partners), sizeof partners);
+    memcpy(frequencies, __builtin_assume_aligned(rope.frequency + at, sizeof frequencies), sizeof frequencies);
+    memcpy(signs, __builtin_assume_aligned(rope.sign + at, sizeof signs), sizeof signs);
 #pragma unroll
-    for (int j = 0; j < CHUNK; j++) {
-        const int sign = rope.sign[at + j];
-        const uint32_t partner = rope.partner[at + j], frequency = rope.frequency[at + j];
-        turns.partner[j] = (sign ? partner : channel + j) * element_bytes;
-        turns.frequency[j] = sign ? frequency : no_turn;
+    for (uint32_t j = 0; j < CHUNK; j++) {
+        const int sign = in_head ? signs[j] : 0;
+        const uint32_t partner = sign ? partners[j] : chunk * CHUNK + j;
+        const uint32_t frequency = sign ? frequencies[j] : QUERY_FREQUENCIES<HEAD_DIM>;
+        turns.partner[j] =
+            shared_address(&smem.values[threadIdx.x / WARP][partner % CHUNK][first_lane + partner / CHUNK]);
+        turns.angle[j] = shared_address(&smem.angles[0][angle_place(frequency)]);
         turns.sign[j] = sign < 0 ? 1u << 31 : 0;
     }
 }
 
-/* cos, and sin with the partner's sign, of a chunk at one position. */
-struct chunk_angles {
-    float2 angles[CHUNK];
-};
-
-__device__ inline void load_angles_of_chunk(const ksort_rope &rope, uint32_t position, const chunk_turns &turns,
-                                            chunk_angles &at)
+/* cos and sin of n_tokens positions, a warp for each. Beyond the tables, their last are loaded, and not used. */
+template <int HEAD_DIM>
+__device__ inline void stage_angles(const attend_job &job, uint32_t position, uint32_t n_tokens,
+                                    query_smem<HEAD_DIM> &smem)
 {
-    const float *cosines = rope.cos + (size_t)position * rope.n_frequencies;
-    const float *sines = rope.sin + (size_t)position * rope.n_frequencies;
+    constexpr uint32_t FREQUENCIES = QUERY_FREQUENCIES<HEAD_DIM>;
+    const ksort_rope &rope = job.rope;
+    for (uint32_t t = threadIdx.x / WARP; t < n_tokens; t += blockDim.x / WARP) {
+        const size_t row = (size_t)min(position + t, job.tokens.n_positions - 1) * rope.n_frequencies;
+        float2 angles[(FREQUENCIES + WARP - 1) / WARP];
+#pragma unroll
+        for (uint32_t i = 0; i * WARP < FREQUENCIES; i++) {
+            const size_t at = row + min(i * WARP + lane_of_thread(), rope.n_frequencies - 1);
+            angles[i] = make_float2(rope.cos[at], rope.sin[at]);
+        }
+#pragma unroll
+        for (uint32_t i = 0; i * WARP < FREQUENCIES; i++)
+            if (i * WARP + lane_of_thread() < FREQUENCIES)
+                smem.angles[t][angle_place(i * WARP + lane_of_thread())] = angles[i];
+        smem.angles[t][angle_place(FREQUENCIES)] = make_float2(1.0f, 0.0f);
+    }
+}
+
+/* y becomes y * cos + (sign * partner) * sin. to_angles: bytes from the first token's angles to this one's; values: of
+ * the warp, all of whose lanes call this. */
+__device__ inline void turn_chunk(const chunk_turns &turns, uint32_t to_angles, float (&values)[CHUNK][WARP],
+                                  float (&y)[CHUNK])
+{
+    __syncwarp(); /* the row before has been read */
+#pragma unroll
+    for (int j = 0; j < CHUNK; j++)
+        values[j][lane_of_thread()] = y[j];
+    __syncwarp();
 #pragma unroll
     for (int j = 0; j < CHUNK; j++) {
-        const bool turned = turns.frequency[j] < rope.n_frequencies;
-        at.angles[j].x = turned ? cosines[turns.frequency[j]] : 1.0f;
-        at.angles[j].y = turned ? bits_float(float_bits(sines[turns.frequency[j]]) ^ turns.sign[j]) : 0.0f;
+        const float2 angle = load_shared_float2(turns.angle[j] + to_angles);
+        const float partner = load_shared_value<KSORT_F32>(turns.partner[j]);
+        const float sine = bits_float(float_bits(angle.y) + turns.sign[j]); /* the sum, as more units add than xor */
+        y[j] = __fadd_rn(__fmul_rn(y[j], angle.x), __fmul_rn(partner, sine));
     }
 }
 
@@ -124,90 +153,122 @@ __device__ inline void store_mantissas(const attend_job &job, size_t row, bool i
     }
 }
 
-/* Rounds a row's chunk to BFP16 in blocks of the keys' size, and stores it; zeros where it is refused. */
+/* Rounds a row's chunk to BFP16 in blocks of the keys' size, and stores it. A row that is not finite, or without a
+ * position, is told and becomes zeros. All lanes of the warp. */
 template <int HEAD_DIM>
-__device__ inline void store_query_chunk(const attend_job &job, size_t row, uint32_t magnitude, bool is_refused,
-                                         bool is_stored, float (&y)[CHUNK])
+__device__ inline void store_query_chunk(const attend_job &job, uint32_t row, bool has_position, bool is_stored,
+                                         float (&y)[CHUNK])
 {
     constexpr uint32_t MANTISSA_BITS = 8;
     constexpr int32_t LARGEST = 127;
+    constexpr uint32_t SMALL = 16;          /* exponents below are rare, and all that round_to_units calls tiny */
+    constexpr uint32_t ABOVE_127 = 0x7F0000; /* fraction of 127.5 / 64: from there on the largest is rounded to 128 */
     const uint32_t chunk = lane_of_thread() % CHUNK_LANES<HEAD_DIM>;
-    const uint32_t block_magnitude = largest_of_block(magnitude, job.k.layout.block_size / CHUNK);
-    const uint32_t exponent = is_refused ? 0 : block_magnitude >> 23;
-    uint32_t m[CHUNK];
-    round_chunk(exponent, MANTISSA_BITS, is_refused ? 0 : LARGEST, y, m);
+    const uint32_t magnitude = largest_of_block(magnitude_of_chunk(y), job.k.layout.block_size / CHUNK);
+    const bool is_finite = magnitude < FLOAT_MAGNITUDE_INF;
+    uint32_t exponent = magnitude >> 23, m[CHUNK];
+    const bool is_rare = !is_finite || exponent - 1 < SMALL - 1 || (magnitude & 0x7FFFFF) >= ABOVE_127;
+    if (!has_position || __any_sync(ALL_LANES, is_rare)) {
+        const uint32_t not_finite = __ballot_sync(ALL_LANES, !is_finite);
+        const bool is_refused = !has_position || not_finite & lanes_of_head<HEAD_DIM>();
+        if (is_refused && is_stored && chunk == 0)
+            tell(job.tokens, has_position ? KSORT_ERR_NON_FINITE : KSORT_ERR_ROPE);
+        exponent = is_refused ? 0 : exponent;
+        round_chunk(exponent, MANTISSA_BITS, is_refused ? 0 : LARGEST, y, m);
+    } else {
+        round_to_units<false>(exponent, MANTISSA_BITS, y, m);
+    }
     if (!job.values)
         store_mantissas<HEAD_DIM>(job, row, is_stored, exponent, m);
     else if (is_stored && chunk * CHUNK < HEAD_DIM)
-        store_values(job.values + row * HEAD_DIM + chunk * CHUNK, exponent, m);
+        store_values(job.values + (size_t)row * HEAD_DIM + chunk * CHUNK, exponent, m);
 }
 
-/* Grid: x = (token, KV head, rows_a_team of its query heads) in teams, y = sequence. */
+/* Grid: x = tokens, y = heads, z = sequence. */
 template <int HEAD_DIM, uint32_t X_TYPE>
-__global__ void __launch_bounds__(QUERY_THREADS)
-    prepare_nearest_kernel(const __grid_constant__ attend_job job, uint32_t rows_a_team)
+__global__ void __launch_bounds__(QUERY_THREADS, RESIDENT_QUERIES)
+    prepare_nearest_kernel(const __grid_constant__ attend_job job, query_block block)
 {
     let_dependent_begin(); /* decode asks for its first tiles meanwhile */
-    constexpr uint32_t LANES = CHUNK_LANES<HEAD_DIM>, STRIDE = ROW_STRIDE<HEAD_DIM, X_TYPE>;
-    __shared__ uint4 rows_of_teams[QUERY_THREADS / LANES * QUERY_ROWS * STRIDE / 16];
-    uint8_t *rows = reinterpret_cast<uint8_t *>(rows_of_teams) + threadIdx.x / LANES * QUERY_ROWS * STRIDE;
-    const uint32_t chunk = threadIdx.x % LANES;
-    const bool in_head = chunk * CHUNK < HEAD_DIM;
-    const query_place place = place_of_team<HEAD_DIM>(job, rows_a_team);
+    __shared__ query_smem<HEAD_DIM> smem;
+    const uint32_t chunk = threadIdx.x % CHUNK_LANES<HEAD_DIM>, head_of_block = threadIdx.x / CHUNK_LANES<HEAD_DIM>;
+    const uint32_t sequence = blockIdx.z, first_token = blockIdx.x * block.tokens;
+    const bool exists = head_of_block < block.heads && blockIdx.y * block.heads + head_of_block < job.n_heads;
+    const uint32_t head = exists ? blockIdx.y * block.heads + head_of_block : 0; /* the others store nothing */
+    const uint32_t n_new = min(n_new_of(job.tokens, sequence), job.tokens.n_tokens);
+    const uint32_t position = (uint32_t)job.tokens.n_cached[sequence] + first_token;
+    const size_t first_q = sequence * job.q_sequence_stride + first_token * job.q_token_stride +
+                           (size_t)head * HEAD_DIM + chunk * CHUNK;
+    const uint8_t *q = static_cast<const uint8_t *>(job.q) + first_q * ELEMENT_BYTES<X_TYPE>;
+    uint4 parts[CHUNK_PARTS<X_TYPE>] = {};
+    const auto load_row = [&]() {
 #pragma unroll
-    for (int r = 0; r < QUERY_ROWS; r++) /* of tokens that are not new as well: without waiting for n_new */
-        if (in_head && r < place.n_rows)
-            request_chunk<X_TYPE>(job.q, place.first_q + (size_t)r * HEAD_DIM, chunk, rows + r * STRIDE);
-    __pipeline_commit();
+        for (int i = 0; i < CHUNK_PARTS<X_TYPE>; i++)
+            if (chunk * CHUNK < HEAD_DIM)
+                parts[i] = __ldcs(reinterpret_cast<const uint4 *>(q) + i);
+        q += job.q_token_stride * ELEMENT_BYTES<X_TYPE>;
+    };
+    load_row(); /* of a token that is not new as well: without waiting for n_new */
+    const uint32_t n_tokens = first_token < n_new ? min(block.tokens, n_new - first_token) : 0;
     chunk_turns turns;
-    chunk_angles at;
-    if (job.rope.partner && in_head && place.n_rows > 0) {
-        load_turns_of_chunk(job.rope, (size_t)place.kv_head * HEAD_DIM + chunk * CHUNK, chunk * CHUNK,
-                            ELEMENT_BYTES<X_TYPE>, job.rope.n_frequencies, turns);
-        if (place.has_position)
-            load_angles_of_chunk(job.rope, place.position, turns, at);
+    if (job.rope.partner) {
+        load_turns_of_chunk<HEAD_DIM>(job.rope, head / job.group, smem, turns);
+        stage_angles<HEAD_DIM>(job, position, n_tokens, smem);
+        __syncthreads();
     }
-    __pipeline_wait_prior(0);
-    __syncwarp(); /* the other lanes have their chunks */
-#pragma unroll
-    for (int r = 0; r < QUERY_ROWS; r++) {
-        if (r >= rows_a_team)
-            break;
-        float y[CHUNK] = {};
-        if (in_head && r < place.n_rows) {
-            load_chunk<X_TYPE>(rows + r * STRIDE, chunk, y);
-            if (job.rope.partner)
-                rope_chunk<X_TYPE>(
-                    rows + r * STRIDE, [&](int j) { return turns.partner[j]; }, [&](int j) { return at.angles[j]; }, y);
-        }
-        const bool is_stored = place.is_new && r < place.n_rows;
-        const uint32_t magnitude = magnitude_of_chunk(y);
-        const uint32_t non_finite = __ballot_sync(ALL_LANES, magnitude >= FLOAT_MAGNITUDE_INF);
-        const bool is_refused = !place.has_position || non_finite & lanes_of_head<HEAD_DIM>();
-        if (is_refused && is_stored && chunk == 0)
-            tell(job.tokens, place.has_position ? KSORT_ERR_NON_FINITE : KSORT_ERR_ROPE);
-        store_query_chunk<HEAD_DIM>(job, place.first_row + r, magnitude, is_refused, is_stored, y);
+    uint32_t row = (sequence * job.tokens.n_tokens + first_token) * job.n_heads + head;
+#pragma unroll 1
+    for (uint32_t t = 0; t < n_tokens; t++, row += job.n_heads) {
+        float y[CHUNK];
+        chunk_values<X_TYPE>(parts, y);
+        if (t + 1 < n_tokens)
+            load_row();
+        if (job.rope.partner)
+            turn_chunk(turns, t * (uint32_t)sizeof smem.angles[0], smem.values[threadIdx.x / WARP], y);
+        const bool has_position = !job.rope.partner || position + t < job.tokens.n_positions;
+        store_query_chunk<HEAD_DIM>(job, row, has_position, exists, y);
     }
+}
+
+/* Whether a job's queries have no transform (a shift is of keys alone), and RoPE tables that are staged and loaded in
+ * chunks here. */
+template <int HEAD_DIM>
+bool is_prepared_nearest(const attend_job &job)
+{
+    const ksort_transform &transform = job.k_transform;
+    const ksort_rope &rope = job.rope;
+    return !transform.scale && !transform.rotate && !transform.sequence &&
+           rope.n_frequencies <= QUERY_FREQUENCIES<HEAD_DIM> && is_aligned(rope.partner, 16) &&
+           is_aligned(rope.frequency, 16) && is_aligned(rope.sign, 8);
+}
+
+/* Blocks of as many tokens as fill a device of DEVICE_THREADS a whole number of times; else some of it would be idle at
+ * the end. */
+template <int HEAD_DIM>
+query_block block_of_queries(const attend_job &job)
+{
+    constexpr uint64_t DEVICE_THREADS = 132 * RESIDENT_QUERIES * QUERY_THREADS; /* H100 */
+    constexpr uint32_t MOST_HEADS = QUERY_THREADS / CHUNK_LANES<HEAD_DIM>;
+    const auto above = [](uint64_t a, uint64_t b) { return (uint32_t)((a + b - 1) / b); }; /* a / b, rounded up */
+    const uint64_t rows = (uint64_t)job.tokens.n_tokens * job.tokens.n_sequences * job.n_heads;
+    const uint32_t times = above(rows * CHUNK_LANES<HEAD_DIM>, DEVICE_THREADS); /* with blocks of one token */
+    return {above(job.n_heads, above(job.n_heads, MOST_HEADS)), above(times, above(times, QUERY_TOKENS))};
 }
 
 template <int HEAD_DIM>
 cudaError_t launch_prepare_nearest(const attend_job &job, cudaStream_t stream)
 {
-    const uint32_t rows_a_team = has_few_rows(job) ? 1 : job.group < QUERY_ROWS ? job.group : QUERY_ROWS;
-    const uint64_t teams =
-        (uint64_t)job.tokens.n_tokens * (job.n_heads / job.group) * ((job.group + rows_a_team - 1) / rows_a_team);
-    const uint64_t blocks = (teams * CHUNK_LANES<HEAD_DIM> + QUERY_THREADS - 1) / QUERY_THREADS;
-    if (blocks > INT32_MAX / QUERY_THREADS)
-        return cudaErrorInvalidConfiguration;
+    const query_block block = block_of_queries<HEAD_DIM>(job);
     cudaLaunchConfig_t config = {};
-    config.gridDim = dim3((uint32_t)blocks, job.tokens.n_sequences);
-    config.blockDim = dim3(QUERY_THREADS);
+    config.gridDim = dim3((job.tokens.n_tokens + block.tokens - 1) / block.tokens,
+                          (job.n_heads + block.heads - 1) / block.heads, job.tokens.n_sequences);
+    config.blockDim = dim3((block.heads * CHUNK_LANES<HEAD_DIM> + WARP - 1) / WARP * WARP);
     config.stream = stream;
     if (job.x_type == KSORT_F16)
-        return cudaLaunchKernelEx(&config, prepare_nearest_kernel<HEAD_DIM, KSORT_F16>, job, rows_a_team);
+        return cudaLaunchKernelEx(&config, prepare_nearest_kernel<HEAD_DIM, KSORT_F16>, job, block);
     if (job.x_type == KSORT_BF16)
-        return cudaLaunchKernelEx(&config, prepare_nearest_kernel<HEAD_DIM, KSORT_BF16>, job, rows_a_team);
-    return cudaLaunchKernelEx(&config, prepare_nearest_kernel<HEAD_DIM, KSORT_F32>, job, rows_a_team);
+        return cudaLaunchKernelEx(&config, prepare_nearest_kernel<HEAD_DIM, KSORT_BF16>, job, block);
+    return cudaLaunchKernelEx(&config, prepare_nearest_kernel<HEAD_DIM, KSORT_F32>, job, block);
 }
 
 #endif /* KSORT_PREPARE_NEAREST_CUH */

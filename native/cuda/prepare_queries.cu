@@ -1,6 +1,6 @@
-/* Queries as attention multiplies them: without a transform as prepare_nearest.cuh has it, else as here. A warp takes
- * the rows (query heads of one token) of a KV head one after another: they share all tables, and each is loaded while
- * the one before it is rounded. With few rows: one row.
+/* Queries as attention multiplies them: without a transform as prepare_nearest.cuh has it, else, and with RoPE tables
+ * that it does not take, as here. A warp takes the rows (query heads of one token) of a KV head one after another: they
+ * share all tables, and each is loaded while the one before it is rounded. With few rows: one row.
  *
  *     q [row][head_dim] --RoPE, / scale, rotate, sequence--> x: 32 lanes x HEAD_DIM / 32 registers
  *       --largest of a block--> exponents [row][blocks] u8 (not for a prompt)
@@ -123,11 +123,16 @@ __global__ void __launch_bounds__(WARPS *WARP)
     }
 }
 
+/* Whether rows don't fill a device with more than one row a warp. */
+bool has_few_rows(const attend_job &job)
+{
+    return (uint64_t)job.tokens.n_tokens * job.n_heads * job.tokens.n_sequences < 8192;
+}
+
 template <int HEAD_DIM>
 cudaError_t launch(const attend_job &job, cudaStream_t stream)
 {
-    const ksort_transform &transform = job.k_transform;
-    if (!transform.scale && !transform.rotate && !transform.sequence) /* a shift of keys leaves queries as they are */
+    if (is_prepared_nearest<HEAD_DIM>(job))
         return launch_prepare_nearest<HEAD_DIM>(job, stream);
     const uint64_t rows = (uint64_t)job.tokens.n_tokens * job.n_heads;
     const uint32_t rows_a_warp = has_few_rows(job) ? 1 : job.group;

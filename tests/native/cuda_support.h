@@ -199,6 +199,8 @@ class rope_tables {
 public:
     rope_tables(rng *r, const shape &p, uint32_t n_positions) : head_dim(p.head_dim) {
         uint32_t n = p.n_kv_heads * head_dim, n_rot = 2 * rng_between(r, 1, head_dim / 2);
+        uint32_t n_unused = rng_between(r, 0, 3) == 0 ? rng_between(r, 1, head_dim) : 0; /* frequencies */
+        uint32_t n_frequencies = n_rot / 2 + n_unused;
         std::vector<uint16_t> stock_partner(n), stock_frequency(n);
         std::vector<int8_t> stock_sign(n);
         fill_rope_tables(stock_partner.data(), stock_sign.data(), stock_frequency.data(), p.n_kv_heads, head_dim,
@@ -213,13 +215,17 @@ public:
             }
         }
         for (uint32_t t = 0; t < n_positions; t++)
-            for (uint32_t f = 0; f < n_rot / 2; f++) {
-                double angle = t * std::pow(10000.0, -2.0 * f / n_rot);
-                cos.push_back((float)std::cos(angle)), sin.push_back((float)std::sin(angle));
+            for (uint32_t f = 0; f < n_frequencies; f++) {
+                double angle = t * std::pow(10000.0, -2.0 * f / n_rot), length = f < n_rot / 2 ? 1.0 : 1.5;
+                cos.push_back((float)(length * std::cos(angle))), sin.push_back((float)(length * std::sin(angle)));
             }
-        d_partner = device_array<uint16_t>(partner), d_frequency = device_array<uint16_t>(frequency);
-        d_sign = device_array<int8_t>(sign), d_cos = device_array<float>(cos), d_sin = device_array<float>(sin);
-        device = {sizeof device, n_rot / 2, d_partner.data, d_sign.data, d_frequency.data, d_cos.data, d_sin.data};
+        uint32_t before = rng_between(r, 0, 3) == 0 ? 1 : 0; /* elements, so that a table is aligned to one only */
+        d_partner = device_array<uint16_t>(moved(partner, before));
+        d_frequency = device_array<uint16_t>(moved(frequency, before));
+        d_sign = device_array<int8_t>(moved(sign, before));
+        d_cos = device_array<float>(cos), d_sin = device_array<float>(sin);
+        device = {sizeof device, n_frequencies, d_partner.data + before, d_sign.data + before};
+        device.frequency = d_frequency.data + before, device.cos = d_cos.data, device.sin = d_sin.data;
     }
 
     /* For the CPU library: one KV head, rows of cos and sin from `position` on. */
@@ -232,6 +238,12 @@ public:
     ksort_rope device;
 
 private:
+    template <typename T>
+    static std::vector<T> moved(std::vector<T> table, uint32_t before) {
+        table.insert(table.begin(), before, T(0));
+        return table;
+    }
+
     uint32_t head_dim;
     std::vector<uint16_t> partner, frequency;
     std::vector<int8_t> sign;
