@@ -6,21 +6,29 @@
  *     decode                    ...|=========|         ... asks for its first tiles, then waits
  *     merge                             .....|====|    ... finds its row, then waits; blocks come as decode's leave
  *
- * pack (of GROUP_SLOTS tokens or more, without transforms), decode and merge are launched by launch_dependent, all
- * others the ordinary way: after all that was launched before is complete. A dependent kernel begins when every block
- * of the kernel before it has ended or called let_dependent_begin, and wait_for_kernel_before returns when that
- * kernel is complete and its writes are visible. So before it waits
+ *     prepare_queries          ====|
+ *     prompt, long rows         ...|==========|        ... makes its first tiles, then waits
+ *     prompt, short rows            ..======..|        blocks come as multiprocessors get free; they wait at their end
+ *
+ * pack (of GROUP_SLOTS tokens or more, without transforms), decode, merge and prompts on sm_90a are launched by
+ * launch_dependent, all others the ordinary way: after all that was launched before is complete. A dependent kernel
+ * begins when every block of the kernel before it has ended or called let_dependent_begin, and wait_for_kernel_before
+ * returns when that kernel is complete and its writes are visible. So before it waits
  *   - pack must not read or write anything: what is before it may be any kernel, and write rows, lengths and tables.
  *     It only asks L2 for rows (prefetch_into_l2);
- *   - decode and merge may read what was written before the call of ksort_cuda_attend: tiles (ksort_cuda_pack),
- *     lengths, page tables. These are complete, as prepare_queries has begun, and it begins after all that. Were
- *     prepare_queries a dependent kernel too, it could begin, and decode after it, while pack still runs. They must
- *     not read what earlier phases write, nor write anything but *device_status.
+ *   - decode, merge and prompts may read what was written before the call of ksort_cuda_attend: tiles
+ *     (ksort_cuda_pack), lengths, page tables. These are complete, as prepare_queries has begun, and it begins after
+ *     all that. Were prepare_queries a dependent kernel too, it could begin, and decode after it, while pack still
+ *     runs. They must not read what earlier phases write, nor write anything but *device_status;
+ *   - a prompt's short rows may do everything: read queries, as every block of its long rows has waited for
+ *     prepare_queries before it called let_dependent_begin (from L2: L1 may have lines of before), and write outputs,
+ *     as no row is of both.
  * Every thread waits, also where it has nothing to do: otherwise merge could be complete before decode is, and what is
- * launched after merge would only wait for merge; and so with pack and what is before it.
+ * launched after merge would only wait for merge; and so with pack and what is before it, and with a prompt's rows.
  *
  * pack calls let_dependent_begin at once: its successor is pack again, which waits, or is launched the ordinary way, or
- * is a caller's dependent kernel, which has to wait before it reads tiles.
+ * is a caller's dependent kernel, which has to wait before it reads tiles. A prompt's first kernel calls it when it has
+ * waited: its successor is the second, or, where there is none, one of those.
  */
 #ifndef KSORT_DEPENDENT_LAUNCH_CUH
 #define KSORT_DEPENDENT_LAUNCH_CUH

@@ -65,29 +65,46 @@ __device__ inline void find_tiles(const attend_job &job, row_block &block)
     block.whole_end = first_slot + 1;
 }
 
-/* Blocks of `rows` rows that a job has, with or without rows of tokens that count. */
-__host__ __device__ inline uint32_t n_row_blocks(const attend_job &job, uint32_t rows)
+/* The tokens that a launch takes: those in slots begin .. end-1 of their sequences. */
+struct slot_range {
+    uint32_t begin, end;
+};
+
+/* Blocks of `rows` rows that the tokens of a range may have, with or without rows of tokens that count. */
+__host__ __device__ inline uint32_t n_row_blocks(const attend_job &job, slot_range range, uint32_t rows)
 {
-    uint32_t n_levels = (uint32_t)(((size_t)job.tokens.n_tokens * job.group + rows - 1) / rows);
+    uint32_t n_tokens = min(job.tokens.n_tokens, range.end - range.begin);
+    uint32_t n_levels = (uint32_t)(((size_t)n_tokens * job.group + rows - 1) / rows);
     return n_levels * job.tokens.n_sequences * job.k.pages.n_kv_heads;
 }
 
-/* Block `index`: the last rows of all sequences and KV heads come first. False if the sequence has no such rows. */
-__device__ inline bool find_rows(const attend_job &job, uint32_t rows, uint32_t index, row_block &block)
+/* The block of `level`, of a sequence's rows first .. end-1. They are counted from the last, so that a block of less
+ * than `rows` rows is the one that sees the fewest tiles. */
+__device__ inline void place_rows(row_block &block, uint32_t first, uint32_t end, uint32_t rows, uint32_t level)
 {
-    uint32_t n_kv_heads = job.k.pages.n_kv_heads, level_blocks = n_kv_heads * job.tokens.n_sequences;
-    uint32_t n_levels = n_row_blocks(job, rows) / level_blocks;
+    uint32_t n_left = end - first - min(end - first, level * rows);
+    block.end = first + n_left;
+    block.begin = block.end - min(n_left, rows);
+}
+
+/* Block `index` of a range: the last rows of all sequences and KV heads come first. False if the sequence has no such
+ * rows. */
+__device__ inline bool find_rows(const attend_job &job, slot_range range, uint32_t rows, uint32_t index,
+                                 row_block &block)
+{
+    uint32_t n_kv_heads = job.k.pages.n_kv_heads, level = index / n_kv_heads / job.tokens.n_sequences;
     block.kv_head = index % n_kv_heads;
     block.sequence = index / n_kv_heads % job.tokens.n_sequences;
-    block.begin = (n_levels - 1 - index / level_blocks) * rows;
     block.n_cached = (uint32_t)job.tokens.n_cached[block.sequence];
     uint32_t capacity = min(job.max_slots, min(n_slots(job.k.pages), n_slots(job.v.pages)));
     uint32_t n_new = n_new_of(job.tokens, block.sequence);
     uint32_t n_fit = block.n_cached < capacity ? min(n_new, capacity - block.n_cached) : 0;
-    if (n_fit < n_new && block.begin == 0 && threadIdx.x == 0)
+    if (n_fit < n_new && level == 0 && threadIdx.x == 0)
         tell(job.tokens, KSORT_ERR_ARGUMENT);
-    block.end = min(block.begin + rows, n_fit * job.group);
-    if (block.begin >= block.end)
+    uint32_t first = min(max(range.begin, block.n_cached) - block.n_cached, n_fit); /* token */
+    uint32_t end = min(max(range.end, block.n_cached) - block.n_cached, n_fit);
+    place_rows(block, first * job.group, end * job.group, rows, level);
+    if (block.begin == block.end)
         return false;
     block.n_slots = block.n_cached + n_fit;
     find_tiles(job, block);

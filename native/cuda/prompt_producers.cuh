@@ -166,10 +166,11 @@ struct tile_producer {
     __device__ void run() const
     {
         ring_place at;
-        uint32_t n_blocks = n_row_blocks(job.attend, job.rows());
+        uint32_t n_blocks = job.n_blocks();
         row_block block = {};
         for (uint32_t turn = 0; turn * gridDim.x < n_blocks; turn++) {
-            if (block_of_turn(turn) >= n_blocks || !find_rows(job.attend, job.rows(), block_of_turn(turn), block))
+            uint32_t index = block_of_turn(turn);
+            if (index >= n_blocks || !find_rows(job.attend, job.range, job.rows(), index, block))
                 continue;
             if (is_fetched_whole())
                 fetch_tiles(block, at);

@@ -29,10 +29,13 @@ struct wgmma_shape {
 /* What the kernel takes. */
 struct prompt_job {
     attend_job attend;
+    slot_range range;
     uint32_t n_consumers;
+    bool is_second;   /* the kernel before it has other rows of the same prompt */
     float log2_scale; /* log2_scale_of */
 
     __host__ __device__ uint32_t rows() const { return n_consumers * WARPGROUP_ROWS; } /* of a block */
+    __host__ __device__ uint32_t n_blocks() const { return n_row_blocks(attend, range, rows()); }
 };
 
 __host__ __device__ inline uint32_t packed_stage_bytes(const attend_job &job)

@@ -107,7 +107,7 @@ __device__ inline void store_pair(void *out, size_t place, float x, float y)
 {
     T *pair = (T *)out + place;
     if constexpr (sizeof(T) == sizeof(float))
-        *(float2 *)pair = {x, y};
+        __stcg((float2 *)pair, make_float2(x, y)); /* always one store: an assignment may become two */
     else if constexpr (std::is_same_v<T, __half>)
         *(__half2 *)pair = __floats2half2_rn(x, y);
     else

@@ -18,7 +18,7 @@
  *
  * A CTA stays for several blocks of rows: producers are at the next while consumers store. Blocks are dealt in turns of
  * alternating direction (longest first), which evens out what CTAs get. Producers begin while prepare_queries still
- * runs (dependent_launch.cuh).
+ * runs, and CTAs of short rows as those of long rows leave multiprocessors (dependent_launch.cuh).
  */
 #ifndef KSORT_PROMPT_WGMMA_CUH
 #define KSORT_PROMPT_WGMMA_CUH
@@ -58,7 +58,8 @@ struct tile_consumer {
     __device__ static uint32_t first_row() { return threadIdx.x % WARPGROUP / WARP * MMA_ROWS; }
 
     /* The consumer's queries into panels; of -q where the scale is negative, so that scores are multiplied by |scale|.
-     * Its products of the block before are complete. */
+     * Its products of the block before are complete. Queries are read from L2, where those of prepare_queries are also
+     * for a kernel that has not waited for it itself. */
     __device__ void load_queries(const row_block &rows) const
     {
         constexpr uint32_t ROW_CHUNKS = HEAD_DIM / CHUNK_CHANNELS, CHUNKS = MMA_ROWS * ROW_CHUNKS / WARP;
@@ -70,7 +71,7 @@ struct tile_consumer {
             uint32_t r = min(rows.begin + first_row() + at / ROW_CHUNKS, rows.end - 1);
             size_t token = (size_t)rows.sequence * job.tokens.n_tokens + r / job.group;
             size_t prepared_row = token * job.n_heads + rows.kv_head * job.group + r % job.group;
-            x[i] = *(const uint4 *)(job.values + prepared_row * HEAD_DIM + at % ROW_CHUNKS * CHUNK_CHANNELS);
+            x[i] = __ldcg((const uint4 *)(job.values + prepared_row * HEAD_DIM + at % ROW_CHUNKS * CHUNK_CHANNELS));
         }
         join_warpgroup();
 #pragma unroll
@@ -176,10 +177,11 @@ struct tile_consumer {
     __device__ void run() const
     {
         ring_place at;
-        uint32_t n_blocks = n_row_blocks(job, whole_job.rows());
+        uint32_t n_blocks = whole_job.n_blocks();
         row_block block = {};
         for (uint32_t turn = 0; turn * gridDim.x < n_blocks; turn++) {
-            if (block_of_turn(turn) >= n_blocks || !find_rows(job, whole_job.rows(), block_of_turn(turn), block))
+            uint32_t index = block_of_turn(turn);
+            if (index >= n_blocks || !find_rows(job, whole_job.range, whole_job.rows(), index, block))
                 continue;
             row_block own = rows_of_block(job, block, consumer * WARPGROUP_ROWS, WARPGROUP_ROWS);
             if (own.begin < own.end)
@@ -220,43 +222,51 @@ __global__ void __launch_bounds__(WGMMA_THREADS<PARTS>, 1) prompt_wgmma_kernel(c
         wait_for_kernel_before();
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMER_REGISTERS<PARTS>));
-        wait_for_kernel_before(); /* producers need not: queries alone are from there */
+        const bool is_second = PARTS > 1 && job.is_second; /* rows with one part are the first */
+        if (!is_second) {
+            wait_for_kernel_before(); /* producers need not: queries alone are from there */
+            let_dependent_begin();    /* it needs queries too */
+        }
         tile_consumer<HEAD_DIM, PARTS>(job, rings, warpgroup - N_PRODUCERS).run();
+        if (is_second)
+            wait_for_kernel_before();
     }
 #endif
 }
 
-/* Whether the code that the device runs has the kernel. */
-template <int HEAD_DIM, int PARTS>
+/* Whether the code that the device runs has these kernels: both, or neither. */
+template <int HEAD_DIM>
 static cudaError_t find_wgmma(bool &found)
 {
     cudaFuncAttributes code;
-    cudaError_t error = cudaFuncGetAttributes(&code, prompt_wgmma_kernel<HEAD_DIM, PARTS>);
+    cudaError_t error = cudaFuncGetAttributes(&code, prompt_wgmma_kernel<HEAD_DIM, 2>);
     found = error == cudaSuccess && code.maxThreadsPerBlock >= WARPGROUP;
     return error;
 }
 
-template <int HEAD_DIM, int PARTS>
-static cudaError_t launch_prompt_wgmma(const attend_job &job, cudaStream_t stream)
+template <int HEAD_DIM>
+static uint32_t wgmma_smem_bytes(const attend_job &job)
 {
-    typedef wgmma_shape<HEAD_DIM> shape;
+    return wgmma_shape<HEAD_DIM>::stages_offset + RING * packed_stage_bytes(job);
+}
+
+/* is_second: the kernel launched before it is the same for other rows. */
+template <int HEAD_DIM, int PARTS>
+static cudaError_t launch_prompt_wgmma(const attend_job &job, slot_range range, bool is_second, cudaStream_t stream)
+{
     int device, n_multiprocessors;
     cudaError_t error = cudaGetDevice(&device);
     if (error == cudaSuccess)
         error = cudaDeviceGetAttribute(&n_multiprocessors, cudaDevAttrMultiProcessorCount, device);
-    prompt_job whole_job = {job, LEAST_CONSUMERS, log2_scale_of(job)};
-    if (n_row_blocks(job, whole_job.rows()) > (uint32_t)n_multiprocessors) /* not all at once: larger ones */
-        whole_job.n_consumers = CONSUMERS<PARTS>;
-    uint32_t smem_bytes = shape::stages_offset + RING * packed_stage_bytes(job);
-    if (error == cudaSuccess)
-        error = cudaFuncSetAttribute(prompt_wgmma_kernel<HEAD_DIM, PARTS>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                     (int)smem_bytes);
     if (error != cudaSuccess)
         return error;
+    prompt_job whole_job = {job, range, LEAST_CONSUMERS, is_second, log2_scale_of(job)};
+    if (whole_job.n_blocks() > (uint32_t)n_multiprocessors) /* not all at once: larger ones */
+        whole_job.n_consumers = CONSUMERS<PARTS>;
     cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(min(n_row_blocks(job, whole_job.rows()), (uint32_t)n_multiprocessors));
+    config.gridDim = dim3(min(whole_job.n_blocks(), (uint32_t)n_multiprocessors));
     config.blockDim = dim3((N_PRODUCERS + whole_job.n_consumers) * WARPGROUP);
-    config.dynamicSmemBytes = smem_bytes;
+    config.dynamicSmemBytes = wgmma_smem_bytes<HEAD_DIM>(job);
     config.stream = stream;
     return launch_dependent(config, prompt_wgmma_kernel<HEAD_DIM, PARTS>, whole_job);
 }

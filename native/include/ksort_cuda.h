@@ -92,8 +92,10 @@ ksort_status ksort_cuda_pack(const ksort_cuda_pack_args *args, void *stream);
 /* Attend: softmax(scale * q k^T) v for the new tokens of every sequence, whose keys and values are packed before. Query i
  * of sequence s sees slots max(0, n_cached[s] + i + 1 - window) .. n_cached[s] + i (window 0: from slot 0). Queries are
  * rounded to BFP16 with k's block size, as ksort_attend does with query_type KSORT_BFP16. Arithmetic is within
- * ksort_attend's bound (native/README.md), to which outputs of 16 bits add what storing rounds and, where n_tokens is
- * above 1, weights of 11 bits: at most 2^-11 of the largest |value| seen. */
+ * ksort_attend's bound (native/README.md), to which outputs of 16 bits add what storing rounds. Where n_tokens is above
+ * 1 weights have 22 bits, but 11 in rows of such outputs that see more than 512 slots: in the worst case these add
+ * 2^-11 of the largest |value| seen, but errors of so many weights cancel, and all random problems were within the
+ * bound. */
 typedef struct ksort_cuda_attend_args {
     size_t struct_size;
     const ksort_cuda_tokens *tokens;
