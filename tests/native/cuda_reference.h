@@ -166,15 +166,17 @@ inline std::vector<float> prepared_query(std::vector<float> q, const steps &step
     return x;
 }
 
-/* An attention output in double, and how far float arithmetic may be from it in any channel. */
+/* An attention output in double, how far float arithmetic may be from it in any channel, and what weights of fewer bits
+ * may add. */
 struct expected_row {
-    std::vector<double> out, bound;
+    std::vector<double> out, bound, coarse;
 };
 
 /* A row over slots begin .. end-1 of k and v [slots, head_dim]. The bound is attend_bound of tests/native_support.py,
- * where it is derived. */
+ * where it is derived. coarseness: relative error of weights that are rounded to fewer bits than float32's. */
 inline expected_row attend_in_double(const std::vector<float> &q, const std::vector<float> &k,
-                                     const std::vector<float> &v, uint32_t begin, uint32_t end, float scale) {
+                                     const std::vector<float> &v, uint32_t begin, uint32_t end, float scale,
+                                     double coarseness = 0) {
     const double u = 0x1p-24, exp_error = 0x1p-23;
     size_t d = q.size(), n_seen = end - begin;
     std::vector<double> scores(n_seen);
@@ -188,7 +190,7 @@ inline expected_row attend_in_double(const std::vector<float> &q, const std::vec
         }
         largest_score = std::max(largest_score, magnitude), max = std::max(max, scores[t]);
     }
-    expected_row row = {std::vector<double>(d), {}};
+    expected_row row = {std::vector<double>(d), {}, std::vector<double>(d, coarseness * largest_value)};
     for (size_t t = 0; t < n_seen; t++) {
         double weight = std::exp(scores[t] - max);
         sum += weight;
@@ -212,6 +214,7 @@ inline void restore(const ksort_transform &transform, expected_row *row) {
     for (size_t c = 0; c < d; c++) {
         double scale = transform.scale ? transform.scale[c] : 1.0, shift = transform.shift ? transform.shift[c] : 0.0;
         row->out[c] = row->out[c] / scale + shift;
+        row->coarse[c] *= growth / scale;
         row->bound[c] = row->bound[c] * growth / scale + 12 * 0x1p-24 * (growth * largest / scale + std::fabs(shift));
     }
 }
