@@ -18,7 +18,6 @@
 #include "x86/reduce_avx512.h"
 
 #define SOFTMAX_ROWS 4
-#define TWICE_INFINITY 0xFF000000u /* bits of an infinity, without its sign; those of a NaN are more */
 #define ROWS_AT_ONCE 8
 #define MAX_REGISTERS 4 /* of one row's channels */
 
@@ -113,7 +112,8 @@ ALWAYS_INLINE void softmax_rows(float (*scores)[KSORT_TILE_TOKENS], const int n_
             __m512i bits = _mm512_slli_epi32(_mm512_castps_si512(score), 1);
             magnitudes = _mm512_mask_max_epu32(magnitudes, lanes[i], magnitudes, bits);
         }
-        __mmask16 not_finite = _mm512_cmpge_epu32_mask(magnitudes, _mm512_set1_epi32((int32_t)TWICE_INFINITY));
+        const __m512i infinity = _mm512_set1_epi32((int32_t)(2u * FLOAT_MAGNITUDE_INF));
+        __mmask16 not_finite = _mm512_cmpge_epu32_mask(magnitudes, infinity);
         overflows |= (__mmask8)((not_finite != 0) << r);
         rises |= _mm512_cmp_ps_mask(largest[r], lane_in_all(before, r), _CMP_GT_OQ);
     }
