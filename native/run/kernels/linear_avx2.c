@@ -8,7 +8,7 @@
 #include "half.h"
 #include "x86/float_rows_avx2.h"
 #include "x86/lanes_avx2.h"
-#include "vector/linear_outputs.h"
+#include "linear_outputs.h"
 
 #define ROWS_AT_ONCE 6 /* 12 sums, 2 registers of the panel and one x: 15 of 16 registers */
 
@@ -22,7 +22,7 @@ ALWAYS_INLINE lanes load_values_below(const uint8_t *row, const uint32_t type, s
     return values;
 }
 
-#include "vector/linear_rows.h"
+#include "linear_rows.h"
 
 #define MOST_SUMS 8 /* of 16 registers: 4 streams of 1 row, 2 of 2, 1 of 3 or 4 */
 

@@ -1,7 +1,7 @@
 /* Row operations of a transformer block with Advanced SIMD: row_operations.h. */
 #include "arm/lanes_neon.h"
 
-#include "vector/row_operations.h"
+#include "row_operations.h"
 
 void ksort_neon_rms_norm(float *x, const float *added, const float *gain, uint32_t n, float epsilon, float *y)
 {

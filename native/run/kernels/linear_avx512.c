@@ -7,7 +7,7 @@
  */
 #include "x86/float_rows_avx512.h"
 #include "x86/lanes_avx512.h"
-#include "vector/linear_outputs.h"
+#include "linear_outputs.h"
 
 #define ROWS_AT_ONCE 12 /* 24 sums, 2 registers of the panel and one x: 27 of 32 registers */
 
@@ -16,7 +16,7 @@ ALWAYS_INLINE lanes load_values_below(const uint8_t *row, const uint32_t type, s
     return load_values(row, type, i, lanes_between(0, (uint32_t)min_size(n - i, LANES)));
 }
 
-#include "vector/linear_rows.h"
+#include "linear_rows.h"
 
 #define MOST_SUMS 16 /* of 32 registers: up to 4 streams of 1 or 2 rows, 2 of 3 or 4 */
 

@@ -24,7 +24,7 @@ ALWAYS_INLINE void rotate_rest(float *y, uint32_t n)
     vst1_f32(y, vmul_n_f32(x, rotation_factor(n)));
 }
 
-#include "vector/transform_channels.h"
+#include "template/transform_channels.h"
 
 /* Common head dimensions are constants, so that their loops are unrolled. */
 void ksort_neon_transform_key(const struct head_transform *transform, uint32_t head_dim, float *y)

@@ -13,7 +13,7 @@
  * hardware prefetching does not follow: the loop asks for the same column of the next tile.
  * Bytes moved: the tile's V rows once for every 8 rows (from L1 or L2 after the first); weights [rows][64] from L1.
  */
-#include "vector/exp_constants.h"
+#include "template/exp_constants.h"
 #include "x86/float_rows_avx512.h"
 #include "x86/reduce_avx512.h"
 
@@ -38,7 +38,7 @@ static const _Alignas(64) uint32_t POWERS[16] = {
  *
  * x = n ln(2) / 16 + r with n whole and |r| <= ln(2) / 32, so exp(x) = 2^(n/16) * (1 + r + r^2 (Q0 + Q1 r)), with the
  * minimax polynomial for the relative error, 1.6e-9, and the power from a table of 16: two multiply-adds less than
- * vector/exp_constants.h takes. No comparisons, as they would share units with multiply-adds. Step by step over the
+ * template/exp_constants.h takes. No comparisons, as they would share units with multiply-adds. Step by step over the
  * registers, as each step waits for the one before. */
 ALWAYS_INLINE void exp_of_four(const __mmask16 lanes[4], __m512 x[4])
 {

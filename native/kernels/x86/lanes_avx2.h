@@ -1,4 +1,4 @@
-/* What the kernels that are written once for all vector levels (vector/) need of AVX2: registers of 8 floats. See
+/* What the kernels that are written once for all vector levels (template/) need of AVX2: registers of 8 floats. See
  * lanes_avx512.h. */
 #ifndef KSORT_LANES_AVX2_H
 #define KSORT_LANES_AVX2_H

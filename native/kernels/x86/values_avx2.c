@@ -11,7 +11,7 @@
  * Bytes moved: the tile's V rows once for every 4 rows (from L1 or L2 after the first); weights [rows][64] from L1.
  */
 #include "half.h"
-#include "vector/exp_constants.h"
+#include "template/exp_constants.h"
 #include "x86/float_rows_avx2.h"
 
 #define ROWS_AT_ONCE 4

@@ -1,4 +1,4 @@
-/* What the kernels that are written once for all vector levels (vector/) need of Advanced SIMD: registers of 4 floats.
+/* What the kernels that are written once for all vector levels (template/) need of Advanced SIMD: registers of 4 floats.
  * See x86/lanes_avx512.h. There are no masked loads; but masks are of a head's channels, whose number is even, so the
  * lanes to load are all four or the lower two. */
 #ifndef KSORT_LANES_NEON_H

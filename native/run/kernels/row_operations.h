@@ -9,7 +9,7 @@
 #include <math.h>
 
 #include "kernels.h"
-#include "vector/exp_constants.h"
+#include "template/exp_constants.h"
 
 #define SUMS 4
 

@@ -33,7 +33,7 @@ ALWAYS_INLINE void rotate_rest(float *y, uint32_t n)
     _mm512_store_ps(y, _mm512_mul_ps(x, factors));
 }
 
-#include "vector/transform_channels.h"
+#include "template/transform_channels.h"
 
 /* Common head dimensions are constants, so that their loops are unrolled. */
 void ksort_avx512_transform_key(const struct head_transform *transform, uint32_t head_dim, float *y)

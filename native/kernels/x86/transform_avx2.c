@@ -36,7 +36,7 @@ ALWAYS_INLINE void rotate_rest(float *y, uint32_t n)
     _mm256_store_ps(y, x * factors);
 }
 
-#include "vector/transform_channels.h"
+#include "template/transform_channels.h"
 
 /* Common head dimensions are constants, so that their loops are unrolled. */
 void ksort_avx2_transform_key(const struct head_transform *transform, uint32_t head_dim, float *y)

@@ -7,7 +7,7 @@
  *     x[r][i .. i+3]-> | 16 sums   |     64 multiply-adds by element
  *       8 rows         +-----------+
  *
- * In place of vector/linear_rows.h: by element one load holds x of four inputs, where that one loads each into all
+ * In place of linear_rows.h: by element one load holds x of four inputs, where that one loads each into all
  * lanes, which takes an arithmetic pipe as well.
  * Bytes moved: the block's weights once; x once for every 8 outputs (from L2 or L3), y once for every PANEL_INPUTS
  * inputs. An output is summed in the order of inputs, whatever the number of rows.

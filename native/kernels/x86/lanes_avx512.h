@@ -1,4 +1,4 @@
-/* What the kernels that are written once for all vector levels (vector/) need of AVX-512: registers of 16 floats.
+/* What the kernels that are written once for all vector levels (template/) need of AVX-512: registers of 16 floats.
  * "Values below n" of a load or store: those from n on are 0, or stay as they are. */
 #ifndef KSORT_LANES_AVX512_H
 #define KSORT_LANES_AVX512_H

@@ -14,7 +14,7 @@
  * Arithmetic instructions for 4 rows: 16 FMLA for every 4 conversions (none for f32), so 80%; one row: 50%.
  */
 #include "arm/float_rows_neon.h"
-#include "vector/exp_constants.h"
+#include "template/exp_constants.h"
 
 #define ROWS_AT_ONCE 4
 #define MOST_REGISTERS 8 /* of channels */

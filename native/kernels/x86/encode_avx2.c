@@ -22,9 +22,9 @@ ALWAYS_INLINE void transform_key(const struct head_transform *transform, uint32_
 
 #define FEWEST_GROUPED 3 /* tokens from which a group of 8 takes less time than one by one */
 
-#include "vector/encode_tokens.h"
+#include "template/encode_tokens.h"
 
-#include "vector/encode_channels.h"
+#include "template/encode_channels.h"
 
 void ksort_avx2_encode_transformed(const struct head_transform *transform, const struct head_layout *layout,
                                    uint32_t n_tokens, float (*heads)[KSORT_MAX_HEAD_DIM],

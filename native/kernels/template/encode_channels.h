@@ -14,7 +14,7 @@
 #ifndef KSORT_ENCODE_CHANNELS_H
 #define KSORT_ENCODE_CHANNELS_H
 
-#include "vector/encode_step.h"
+#include "template/encode_step.h"
 
 #define SUM_REGISTERS (16 / LANES)
 

@@ -16,7 +16,7 @@
 #ifndef KSORT_ENCODE_TOKENS_H
 #define KSORT_ENCODE_TOKENS_H
 
-#include "vector/encode_step.h"
+#include "template/encode_step.h"
 
 #define PANEL 8 /* channels: two quads, within a block of any size */
 

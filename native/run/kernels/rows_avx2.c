@@ -1,7 +1,7 @@
 /* Row operations of a transformer block with AVX2: row_operations.h. */
 #include "x86/lanes_avx2.h"
 
-#include "vector/row_operations.h"
+#include "row_operations.h"
 
 void ksort_avx2_rms_norm(float *x, const float *added, const float *gain, uint32_t n, float epsilon, float *y)
 {

@@ -9,7 +9,7 @@
  * Arithmetic instructions, f16 or bf16, for one row: one conversion for every FMLA, 8 weight bytes; so a core with two
  * arithmetic pipes takes up to 8 bytes a cycle.
  */
-#include "arm/linear_rows_neon.h"
+#include "linear_rows_neon.h"
 #include "half.h"
 
 #define SUMS 4
