@@ -60,8 +60,8 @@ ksort_status ksort_attend_prepare(const ksort_attend_args *args, uint32_t nth, b
     if (status != KSORT_OK)
         return status;
     size_t token_values = (size_t)args->n_heads * job->k.head_dim;
-    if (ksort_check_rows(args->n_queries, args->q_token_stride, token_values) != KSORT_OK ||
-        ksort_check_rows(args->n_queries, args->out_token_stride, token_values) != KSORT_OK || !isfinite(args->scale))
+    if (check_rows(args->n_queries, args->q_token_stride, token_values) != KSORT_OK ||
+        check_rows(args->n_queries, args->out_token_stride, token_values) != KSORT_OK || !isfinite(args->scale))
         return KSORT_ERR_ARGUMENT;
     job->group = args->n_heads / args->k->n_kv_heads;
     job->stride = (job->v.head_dim + 15) / 16 * 16; /* rows of accumulators start on a cache line */

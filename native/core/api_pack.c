@@ -33,7 +33,7 @@ ksort_status ksort_pack_prepare(const ksort_pack_args *args, struct pack_job *jo
         return status;
     if (!args->x)
         return KSORT_ERR_ARGUMENT;
-    status = ksort_check_rows(args->n_tokens, args->x_token_stride, (size_t)cache->n_kv_heads * job->layout.head_dim);
+    status = check_rows(args->n_tokens, args->x_token_stride, (size_t)cache->n_kv_heads * job->layout.head_dim);
     if (status != KSORT_OK)
         return status;
     if (args->transform)

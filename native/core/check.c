@@ -44,12 +44,6 @@ ksort_status ksort_check_slots(const ksort_cache *cache, size_t first_slot, uint
     return inside ? KSORT_OK : KSORT_ERR_ARGUMENT;
 }
 
-ksort_status ksort_check_rows(uint32_t n_tokens, size_t token_stride, size_t row_values)
-{
-    bool fits = token_stride >= row_values && token_stride <= PTRDIFF_MAX / sizeof(float) / n_tokens;
-    return fits ? KSORT_OK : KSORT_ERR_ARGUMENT;
-}
-
 static bool head_pairs_up(const uint16_t *partner, const int8_t *sign, const uint16_t *frequency, uint32_t head_dim,
                           uint32_t n_frequencies)
 {
@@ -70,7 +64,7 @@ ksort_status ksort_check_rope(const ksort_rope *rope, uint32_t n_kv_heads, uint3
     if (rope->struct_size != sizeof *rope)
         return KSORT_ERR_STRUCT_SIZE;
     if (rope->n_frequencies == 0 || !rope->partner || !rope->sign || !rope->frequency || !rope->cos || !rope->sin ||
-        ksort_check_rows(n_tokens, rope->n_frequencies, rope->n_frequencies) != KSORT_OK)
+        check_rows(n_tokens, rope->n_frequencies, rope->n_frequencies) != KSORT_OK)
         return KSORT_ERR_ARGUMENT;
     for (uint32_t h = 0; h < n_kv_heads; h++) {
         size_t at = (size_t)h * head_dim;

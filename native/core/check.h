@@ -11,8 +11,12 @@ ksort_status ksort_check_cache(const ksort_cache *cache, bool with_memory, struc
 /* Checks that slots first_slot .. first_slot+n_tokens-1 exist and are at least one: KSORT_OK or _ARGUMENT. */
 ksort_status ksort_check_slots(const ksort_cache *cache, size_t first_slot, uint32_t n_tokens);
 
-/* Checks rows of floats, one a token: stride at least row_values, no size that overflows. KSORT_OK or _ARGUMENT. */
-ksort_status ksort_check_rows(uint32_t n_tokens, size_t token_stride, size_t row_values);
+/* Checks n_rows rows of floats: stride at least row_values, no size that overflows. KSORT_OK or _ARGUMENT. */
+static inline ksort_status check_rows(uint32_t n_rows, size_t row_stride, size_t row_values)
+{
+    bool fits = row_stride >= row_values && row_stride <= PTRDIFF_MAX / sizeof(float) / n_rows;
+    return fits ? KSORT_OK : KSORT_ERR_ARGUMENT;
+}
 
 /* Checks every table entry, and cos and sin [n_tokens, n_frequencies] to be finite. *growth becomes a bound of
  * |RoPE(x)[c]| / max|x|: at least 1, and max|cos| + max|sin| if that is more.

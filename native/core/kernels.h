@@ -79,6 +79,36 @@ static inline void prefetch_share(const struct tile_span *span, uint32_t first_t
         PREFETCH_NEXT(span->next + i);
 }
 
+/* Largest |x[i]| as float bits; FLOAT_MAGNITUDE_INF or more if any is infinite or NaN. */
+typedef uint32_t max_magnitude_function(const float *x, size_t n);
+
+/* y = RoPE(x), both [head_dim], not overlapping. The arithmetic is x * cos + (sign * partner) * sin, each operation
+ * rounded on its own, so that every level gives the same bits. */
+typedef void rope_function(const struct rope_row *rope, const float *x, uint32_t head_dim, float *y);
+
+/* Nearest BFP encoder of FORMAT.md over finite x [head_dim]: mantissas [head_dim], exponents [blocks]. */
+typedef void round_function(const float *x, uint32_t head_dim, uint32_t block_size, uint32_t mantissa_bits,
+                            int8_t *mantissas, uint8_t *exponents);
+
+/* One head in place, at any alignment, with the operations of FORMAT.md section 3, each rounded on its own: every level
+ * gives the same bits where they are finite. Of a key or value y [head_dim]: shift, scale, rotate and permutation, all
+ * that comes before rounding. Of a query, which multiplies transformed keys: W (y / scale), permuted. */
+typedef void transform_function(const struct head_transform *transform, uint32_t head_dim, float *y);
+
+/* Likewise: an average of transformed values, out [head_dim], becomes that of the values: permuted back, then
+ * (W out) / scale + shift. places [head_dim] is the inverse of the permutation, NULL where there is none. */
+typedef void restore_function(const struct head_transform *transform, const uint16_t *places, uint32_t head_dim,
+                              float *out);
+
+/* Shift, scale, rotate, permutation and FORMAT.md's encoder of transformed heads, over heads [n_tokens][head_dim],
+ * n_tokens 1 to GROUP_TOKENS. heads has GROUP_TOKENS rows, aligned to 64 bytes; all of it may be overwritten.
+ * Padding mantissas of `encoded` are 0 before and after. */
+typedef void encode_function(const struct head_transform *transform, const struct head_layout *layout,
+                             uint32_t n_tokens, float (*heads)[KSORT_MAX_HEAD_DIM], struct encoded_head *encoded);
+
+/* Stores x [n] as f16 or bf16, round to nearest even. x is finite and in the type's range. */
+typedef void store_function(const float *x, uint32_t n, uint16_t *out);
+
 /* scores[row][token] for at least the span's tokens (whole strips may be written). */
 typedef void score_function(const struct tile_span *keys, const struct query_rows *queries,
                             float (*scores)[KSORT_TILE_TOKENS]);
@@ -96,57 +126,18 @@ typedef void accumulate_function(const struct tile_span *values, uint32_t n_rows
                                  const float (*weights)[KSORT_TILE_TOKENS], const float *rescale,
                                  float *accumulators, size_t stride);
 
-#define LINEAR_ROWS 4 /* rows of x that are few: they share each load of a weight */
-
-/* Some outputs of a matrix product: y[r][o] = sum over i of weights[o][i] * x[r][i]. */
-struct linear_block {
-    const void *weights; /* [n_out, n_in] */
-    const float *x;
-    float *y;
-    size_t x_row_stride; /* floats */
-    size_t y_row_stride; /* floats */
-    size_t n_out;        /* may be 0 */
-    size_t n_in;
-    uint32_t n_rows;
-    uint32_t type;   /* KSORT_F32, KSORT_F16 or KSORT_BF16 */
-};
-
 struct kernels {
     const char *level;
 
-    /* Largest |x[i]| as float bits; FLOAT_MAGNITUDE_INF or more if any is infinite or NaN. */
-    uint32_t (*max_magnitude)(const float *x, size_t n);
-
-    /* y = RoPE(x), both [head_dim], not overlapping. The arithmetic is x * cos + (sign * partner) * sin, each operation
-     * rounded on its own, so that every level gives the same bits. */
-    void (*rope)(const struct rope_row *rope, const float *x, uint32_t head_dim, float *y);
-
-    /* Nearest BFP encoder of FORMAT.md over finite x [head_dim]: mantissas [head_dim], exponents [blocks]. */
-    void (*round_bfp)(const float *x, uint32_t head_dim, uint32_t block_size, uint32_t mantissa_bits,
-                      int8_t *mantissas, uint8_t *exponents);
-
-    /* The three below work on one head in place, at any alignment, with the operations of FORMAT.md section 3, each
-     * rounded on its own: every level gives the same bits where they are finite.
-     * Shift, scale, rotate and sequence of a key or value y [head_dim]: all that comes before rounding. */
-    void (*transform_key)(const struct head_transform *transform, uint32_t head_dim, float *y);
-
-    /* What multiplies transformed keys: q [head_dim] becomes W (q / scale), in sequence. */
-    void (*transform_query)(const struct head_transform *transform, uint32_t head_dim, float *q);
-
-    /* An average of transformed values, out [head_dim], becomes that of the values: taken out of sequence, then
-     * (W out) / scale + shift. places [head_dim] is the inverse of the sequence, NULL where there is none. */
-    void (*restore_value)(const struct head_transform *transform, const uint16_t *places, uint32_t head_dim,
-                          float *out);
-
-    /* Shift, scale, rotate, sequence and FORMAT.md's encoder of transformed heads, over heads [n_tokens][head_dim],
-     * n_tokens 1 to GROUP_TOKENS. heads has GROUP_TOKENS rows, aligned to 64 bytes; all of it may be overwritten.
-     * Padding mantissas of `encoded` are 0 before and after. */
-    void (*encode_transformed)(const struct head_transform *transform, const struct head_layout *layout,
-                               uint32_t n_tokens, float (*heads)[KSORT_MAX_HEAD_DIM], struct encoded_head *encoded);
-
-    /* Stores x [n] as f16 or bf16, round to nearest even. x is finite and in the type's range. */
-    void (*store_f16)(const float *x, uint32_t n, uint16_t *out);
-    void (*store_bf16)(const float *x, uint32_t n, uint16_t *out);
+    max_magnitude_function *max_magnitude;
+    rope_function *rope;
+    round_function *round_bfp;
+    transform_function *transform_key; /* values too */
+    transform_function *transform_query;
+    restore_function *restore_value;
+    encode_function *encode_transformed;
+    store_function *store_f16;
+    store_function *store_bf16;
 
     score_function *scores_bfp_by_bfp; /* BFP keys, queries->quads */
     score_function *scores_bfp_by_f32; /* BFP keys, queries->values */
@@ -156,12 +147,6 @@ struct kernels {
 
     accumulate_function *accumulate_float; /* f32, f16 or bf16 values */
     accumulate_function *accumulate_bfp;
-
-    void (*linear)(const struct linear_block *block);
-
-    /* One row each, see ksort_rms_norm and ksort_swiglu; n is at least 1. */
-    void (*rms_norm)(float *x, const float *added, const float *gain, uint32_t n, float epsilon, float *y);
-    void (*swiglu)(const float *gate, const float *up, uint32_t n, float *y);
 };
 
 /* The table in use, or NULL if KSORT_KERNELS asks for what this CPU does not have. */

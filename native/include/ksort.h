@@ -1,7 +1,7 @@
 /* libksort: packed key/value caches and attention straight from packed blocks, on the CPU.
  *
  * The bytes of a tile are specified in ksort_gguf/FORMAT.md. Conventions of every call here:
- *   - The caller owns all memory. No call keeps a pointer after it returns (ksort_pool_create's result aside).
+ *   - The caller owns all memory. No call keeps a pointer after it returns.
  *   - Calls that take (ith, nth) do part ith of nth of the work, 0 <= ith < nth; every part must run, in any order and
  *     on any threads, before the result is complete. Parts write disjoint bytes. They neither allocate, lock nor start
  *     threads. Different parts of one call, and calls on disjoint memory, may run at the same time.
@@ -203,85 +203,6 @@ ksort_status ksort_attend_workspace_bytes(const ksort_attend_args *args, uint32_
  * _WORKSPACE, _KERNELS, _TRANSFORM. */
 ksort_status ksort_attend(const ksort_attend_args *args, uint32_t ith, uint32_t nth);
 ksort_status ksort_attend_merge(const ksort_attend_args *args, uint32_t ith, uint32_t nth);
-
-/* What a transformer block does around attention, so that a step needs no other threads than attention's.
- * Everything is float32; NaN and infinity are not looked for: they go through as in any float arithmetic. */
-
-/* y = x W^T + bias. Products and sums are float32, whatever the weights' type; an output is summed by one part, in an
- * order that depends on the kernel level, on n_in and on whether n_rows is more than 4. For few rows, as in a decode
- * step, it is bound by reading the weights, which happens once. */
-typedef struct ksort_linear_args {
-    size_t struct_size;
-    const void *weights; /* [n_out, n_in], rows contiguous */
-    const float *bias;   /* [n_out], or NULL */
-    const float *x;      /* [n_rows, n_in] */
-    float *y;            /* [n_rows, n_out] */
-    size_t x_row_stride; /* floats between rows, at least n_in */
-    size_t y_row_stride; /* floats between rows, at least n_out */
-    size_t n_out;
-    size_t n_in;
-    uint32_t n_rows;
-    uint32_t type;       /* of the weights: KSORT_F32, KSORT_F16 or KSORT_BF16 */
-} ksort_linear_args;
-
-/* Returns KSORT_OK, _ARGUMENT, _STRUCT_SIZE, _TYPE, _KERNELS. */
-ksort_status ksort_linear(const ksort_linear_args *args, uint32_t ith, uint32_t nth);
-
-/* x += added, then y = gain * x / sqrt(mean of x^2 + epsilon) (RMSNorm, arXiv 1910.07467), for each row. y may be x. */
-typedef struct ksort_rms_norm_args {
-    size_t struct_size;
-    float *x;                /* [n_rows, n]; only read where added is NULL */
-    const float *added;      /* [n_rows, n], or NULL */
-    const float *gain;       /* [n] */
-    float *y;                /* [n_rows, n] */
-    size_t x_row_stride;     /* floats between rows, at least n; the other strides likewise */
-    size_t added_row_stride;
-    size_t y_row_stride;
-    uint32_t n;
-    uint32_t n_rows;
-    float epsilon;
-} ksort_rms_norm_args;
-
-/* Returns KSORT_OK, _ARGUMENT, _STRUCT_SIZE, _KERNELS. */
-ksort_status ksort_rms_norm(const ksort_rms_norm_args *args, uint32_t ith, uint32_t nth);
-
-/* y = silu(gate) * up, silu(g) = g / (1 + exp(-g)) (SwiGLU, arXiv 2002.05202), for each row. y may be gate or up. */
-typedef struct ksort_swiglu_args {
-    size_t struct_size;
-    const float *gate;   /* [n_rows, n] */
-    const float *up;     /* [n_rows, n] */
-    float *y;            /* [n_rows, n] */
-    size_t row_stride;   /* of gate and of up: floats between rows, at least n */
-    size_t y_row_stride; /* likewise */
-    uint32_t n;
-    uint32_t n_rows;
-} ksort_swiglu_args;
-
-/* Returns KSORT_OK, _ARGUMENT, _STRUCT_SIZE, _KERNELS. */
-ksort_status ksort_swiglu(const ksort_swiglu_args *args, uint32_t ith, uint32_t nth);
-
-/* Optional threads for callers without their own. A pool may be used by one thread at a time. */
-typedef struct ksort_pool ksort_pool;
-
-/* Starts n_threads - 1 threads (the caller is the last one), n_threads at most 65535. Returns KSORT_OK, _ARGUMENT, _THREADS. */
-ksort_status ksort_pool_create(uint32_t n_threads, ksort_pool **pool);
-
-/* Ends the threads and frees the pool. NULL is allowed. */
-void ksort_pool_destroy(ksort_pool *pool);
-
-/* One layer's step: packs k and v, then attends, each over all threads. Any of the three may be NULL; the workspace is
- * for nth = n_threads. All arguments and values, q's too, are checked before anything is written; where attend finds an
- * overflow on the way, k and v are packed.
- * Returns KSORT_OK, _ARGUMENT for a NULL pool, or what ksort_pack, ksort_attend and ksort_attend_merge return: one of
- * the statuses that are not KSORT_OK, if several parts find different ones. */
-ksort_status ksort_pool_step(ksort_pool *pool, const ksort_pack_args *k, const ksort_pack_args *v,
-                             const ksort_attend_args *attend);
-
-/* ksort_linear, ksort_rms_norm and ksort_swiglu over all threads. Return KSORT_OK, _ARGUMENT for a NULL pool, or what
- * those return. */
-ksort_status ksort_pool_linear(ksort_pool *pool, const ksort_linear_args *args);
-ksort_status ksort_pool_rms_norm(ksort_pool *pool, const ksort_rms_norm_args *args);
-ksort_status ksort_pool_swiglu(ksort_pool *pool, const ksort_swiglu_args *args);
 
 #ifdef __cplusplus
 }

@@ -29,10 +29,10 @@ ksort_status ksort_linear_prepare(const ksort_linear_args *args, struct linear_j
     if (!args->weights || !args->x || !args->y || args->n_out == 0 || args->n_in == 0 || args->n_rows == 0)
         return KSORT_ERR_ARGUMENT;
     if (args->n_in > PTRDIFF_MAX / sizeof(float) / args->n_out ||
-        ksort_check_rows(args->n_rows, args->x_row_stride, args->n_in) != KSORT_OK ||
-        ksort_check_rows(args->n_rows, args->y_row_stride, args->n_out) != KSORT_OK)
+        check_rows(args->n_rows, args->x_row_stride, args->n_in) != KSORT_OK ||
+        check_rows(args->n_rows, args->y_row_stride, args->n_out) != KSORT_OK)
         return KSORT_ERR_ARGUMENT;
-    *job = (struct linear_job){.args = args, .kernels = ksort_kernel_table()};
+    *job = (struct linear_job){.args = args, .kernels = ksort_run_kernels()};
     return job->kernels ? KSORT_OK : KSORT_ERR_KERNELS;
 }
 

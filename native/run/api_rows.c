@@ -5,6 +5,11 @@
 #include "check.h"
 #include "rows.h"
 
+uint32_t ksort_run_abi_version(void)
+{
+    return KSORT_RUN_ABI_VERSION;
+}
+
 ksort_status ksort_rms_norm_prepare(const ksort_rms_norm_args *args, struct rms_norm_job *job)
 {
     if (!args)
@@ -12,11 +17,11 @@ ksort_status ksort_rms_norm_prepare(const ksort_rms_norm_args *args, struct rms_
     if (args->struct_size != sizeof *args)
         return KSORT_ERR_STRUCT_SIZE;
     if (!args->x || !args->gain || !args->y || args->n == 0 || args->n_rows == 0 ||
-        (args->added && ksort_check_rows(args->n_rows, args->added_row_stride, args->n) != KSORT_OK) ||
-        ksort_check_rows(args->n_rows, args->x_row_stride, args->n) != KSORT_OK ||
-        ksort_check_rows(args->n_rows, args->y_row_stride, args->n) != KSORT_OK)
+        (args->added && check_rows(args->n_rows, args->added_row_stride, args->n) != KSORT_OK) ||
+        check_rows(args->n_rows, args->x_row_stride, args->n) != KSORT_OK ||
+        check_rows(args->n_rows, args->y_row_stride, args->n) != KSORT_OK)
         return KSORT_ERR_ARGUMENT;
-    *job = (struct rms_norm_job){args, ksort_kernel_table()};
+    *job = (struct rms_norm_job){args, ksort_run_kernels()};
     return job->kernels ? KSORT_OK : KSORT_ERR_KERNELS;
 }
 
@@ -46,10 +51,10 @@ ksort_status ksort_swiglu_prepare(const ksort_swiglu_args *args, struct swiglu_j
     if (args->struct_size != sizeof *args)
         return KSORT_ERR_STRUCT_SIZE;
     if (!args->gate || !args->up || !args->y || args->n == 0 || args->n_rows == 0 ||
-        ksort_check_rows(args->n_rows, args->row_stride, args->n) != KSORT_OK ||
-        ksort_check_rows(args->n_rows, args->y_row_stride, args->n) != KSORT_OK)
+        check_rows(args->n_rows, args->row_stride, args->n) != KSORT_OK ||
+        check_rows(args->n_rows, args->y_row_stride, args->n) != KSORT_OK)
         return KSORT_ERR_ARGUMENT;
-    *job = (struct swiglu_job){args, ksort_kernel_table()};
+    *job = (struct swiglu_job){args, ksort_run_kernels()};
     return job->kernels ? KSORT_OK : KSORT_ERR_KERNELS;
 }
 

@@ -2,11 +2,11 @@
 #ifndef KSORT_LINEAR_H
 #define KSORT_LINEAR_H
 
-#include "kernels.h"
+#include "run_kernels.h"
 
 struct linear_job {
     const ksort_linear_args *args;
-    const struct kernels *kernels;
+    const struct run_kernels *kernels;
     uint32_t n_long; /* parts that come first and are longer than the others; 0: all parts are alike */
 };
 

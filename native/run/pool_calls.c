@@ -1,54 +1,21 @@
-/* What callers without threads of their own do over a pool: one layer's step, in four phases, or one operation, in one:
- *
- *     check k, v, q  |  write k, v  |  attend  |  join cut units
- *     linear, RMSNorm or SwiGLU
- *
- * A phase has as many parts as there are threads, a matrix product more.
- */
+/* What callers without threads of their own do over a pool: one layer's step, in the phases of core/step.h, or one
+ * operation. A phase has as many parts as there are threads, a matrix product more. */
+#include "linear.h"
 #include "pool.h"
+#include "rows.h"
+#include "step.h"
 
 #define FEWEST_SHARED_ROWS 8 /* fewer are done sooner by the caller alone */
 
-static ksort_status check_part(const struct step *step, uint32_t part, uint32_t n_parts)
-{
-    ksort_status status = KSORT_OK;
-    for (int i = 0; i < 2 && status == KSORT_OK; i++)
-        if (step->pack[i].args)
-            status = ksort_pack_check(&step->pack[i], part, n_parts);
-    if (status == KSORT_OK && step->attend.args)
-        status = ksort_attend_check(&step->attend, part, n_parts);
-    return status;
-}
+struct phase_of_step {
+    const struct ksort_step *step;
+    enum step_phase phase;
+};
 
-static ksort_status write_part(const struct step *step, uint32_t part, uint32_t n_parts)
+static ksort_status step_part(const void *context, uint32_t ith, uint32_t nth)
 {
-    for (int i = 0; i < 2; i++)
-        if (step->pack[i].args)
-            ksort_pack_write(&step->pack[i], part, n_parts);
-    return KSORT_OK;
-}
-
-ksort_status ksort_run_part(const struct step *step, enum phase phase, uint32_t part, uint32_t n_parts)
-{
-    switch (phase) {
-    case PHASE_CHECK:
-        return check_part(step, part, n_parts);
-    case PHASE_WRITE:
-        return write_part(step, part, n_parts);
-    case PHASE_ATTEND:
-        return ksort_attend_run(&step->attend, part, n_parts);
-    case PHASE_JOIN:
-        return ksort_attend_join(&step->attend, part, n_parts);
-    case PHASE_LINEAR:
-        ksort_linear_run(&step->linear, part, n_parts);
-        return KSORT_OK;
-    case PHASE_RMS_NORM:
-        ksort_rms_norm_run(&step->rms_norm, part, n_parts);
-        return KSORT_OK;
-    default:
-        ksort_swiglu_run(&step->swiglu, part, n_parts);
-        return KSORT_OK;
-    }
+    const struct phase_of_step *of = context;
+    return ksort_step_part(of->step, of->phase, ith, nth);
 }
 
 ksort_status ksort_pool_step(ksort_pool *pool, const ksort_pack_args *k, const ksort_pack_args *v,
@@ -56,70 +23,68 @@ ksort_status ksort_pool_step(ksort_pool *pool, const ksort_pack_args *k, const k
 {
     if (!pool)
         return KSORT_ERR_ARGUMENT;
-    struct step *step = ksort_pool_new_step(pool);
+    struct ksort_step *step = ksort_pool_step_memory(pool);
     uint32_t n_threads = ksort_pool_threads(pool);
-    const ksort_pack_args *pack[2] = {k, v};
-    *step = (struct step){.attend.args = NULL};
-    ksort_status status = KSORT_OK;
-    for (int i = 0; i < 2 && status == KSORT_OK; i++)
-        if (pack[i])
-            status = ksort_pack_prepare(pack[i], &step->pack[i]);
-    if (status == KSORT_OK && attend)
-        status = ksort_attend_prepare(attend, n_threads, true, &step->attend);
+    ksort_status status = ksort_step_prepare(step, k, v, attend, n_threads);
     if (status != KSORT_OK)
         return status;
     ksort_pool_begin(pool);
-    status = ksort_pool_run_phase(pool, PHASE_CHECK, n_threads);
-    if (status == KSORT_OK && (k || v))
-        status = ksort_pool_run_phase(pool, PHASE_WRITE, n_threads);
-    if (status == KSORT_OK && attend)
-        status = ksort_pool_run_phase(pool, PHASE_ATTEND, n_threads);
-    if (status == KSORT_OK && attend)
-        status = ksort_pool_run_phase(pool, PHASE_JOIN, n_threads);
+    for (int phase = 0; phase < N_STEP_PHASES && status == KSORT_OK; phase++) {
+        struct phase_of_step of = {step, (enum step_phase)phase};
+        if (ksort_step_has(step, of.phase))
+            status = ksort_pool_run(pool, step_part, &of, n_threads);
+    }
     return status;
+}
+
+static ksort_status linear_part(const void *context, uint32_t ith, uint32_t nth)
+{
+    ksort_linear_run(context, ith, nth);
+    return KSORT_OK;
 }
 
 ksort_status ksort_pool_linear(ksort_pool *pool, const ksort_linear_args *args)
 {
-    if (!pool)
-        return KSORT_ERR_ARGUMENT;
-    struct linear_job *job = &ksort_pool_new_step(pool)->linear;
-    ksort_status status = ksort_linear_prepare(args, job);
+    struct linear_job job;
+    ksort_status status = pool ? ksort_linear_prepare(args, &job) : KSORT_ERR_ARGUMENT;
     if (status != KSORT_OK)
         return status;
-    uint32_t n_parts = ksort_linear_parts(job, ksort_pool_threads(pool));
+    uint32_t n_parts = ksort_linear_parts(&job, ksort_pool_threads(pool));
     ksort_pool_begin(pool);
-    return ksort_pool_run_phase(pool, PHASE_LINEAR, n_parts);
+    return ksort_pool_run(pool, linear_part, &job, n_parts);
+}
+
+/* Rows, all alike: few of them by the caller alone. */
+static ksort_status run_rows(ksort_pool *pool, pool_function *function, const void *job, uint32_t n_rows)
+{
+    if (n_rows < FEWEST_SHARED_ROWS)
+        return function(job, 0, 1);
+    ksort_pool_begin(pool);
+    return ksort_pool_run(pool, function, job, ksort_pool_threads(pool));
+}
+
+static ksort_status rms_norm_part(const void *context, uint32_t ith, uint32_t nth)
+{
+    ksort_rms_norm_run(context, ith, nth);
+    return KSORT_OK;
 }
 
 ksort_status ksort_pool_rms_norm(ksort_pool *pool, const ksort_rms_norm_args *args)
 {
-    if (!pool)
-        return KSORT_ERR_ARGUMENT;
-    struct rms_norm_job *job = &ksort_pool_new_step(pool)->rms_norm;
-    ksort_status status = ksort_rms_norm_prepare(args, job);
-    if (status != KSORT_OK)
-        return status;
-    if (args->n_rows < FEWEST_SHARED_ROWS) {
-        ksort_rms_norm_run(job, 0, 1);
-        return KSORT_OK;
-    }
-    ksort_pool_begin(pool);
-    return ksort_pool_run_phase(pool, PHASE_RMS_NORM, ksort_pool_threads(pool));
+    struct rms_norm_job job;
+    ksort_status status = pool ? ksort_rms_norm_prepare(args, &job) : KSORT_ERR_ARGUMENT;
+    return status == KSORT_OK ? run_rows(pool, rms_norm_part, &job, args->n_rows) : status;
+}
+
+static ksort_status swiglu_part(const void *context, uint32_t ith, uint32_t nth)
+{
+    ksort_swiglu_run(context, ith, nth);
+    return KSORT_OK;
 }
 
 ksort_status ksort_pool_swiglu(ksort_pool *pool, const ksort_swiglu_args *args)
 {
-    if (!pool)
-        return KSORT_ERR_ARGUMENT;
-    struct swiglu_job *job = &ksort_pool_new_step(pool)->swiglu;
-    ksort_status status = ksort_swiglu_prepare(args, job);
-    if (status != KSORT_OK)
-        return status;
-    if (args->n_rows < FEWEST_SHARED_ROWS) {
-        ksort_swiglu_run(job, 0, 1);
-        return KSORT_OK;
-    }
-    ksort_pool_begin(pool);
-    return ksort_pool_run_phase(pool, PHASE_SWIGLU, ksort_pool_threads(pool));
+    struct swiglu_job job;
+    ksort_status status = pool ? ksort_swiglu_prepare(args, &job) : KSORT_ERR_ARGUMENT;
+    return status == KSORT_OK ? run_rows(pool, swiglu_part, &job, args->n_rows) : status;
 }

@@ -2,16 +2,16 @@
 #ifndef KSORT_ROWS_H
 #define KSORT_ROWS_H
 
-#include "kernels.h"
+#include "run_kernels.h"
 
 struct rms_norm_job {
     const ksort_rms_norm_args *args;
-    const struct kernels *kernels;
+    const struct run_kernels *kernels;
 };
 
 struct swiglu_job {
     const ksort_swiglu_args *args;
-    const struct kernels *kernels;
+    const struct run_kernels *kernels;
 };
 
 /* Check args. Return KSORT_OK, _ARGUMENT, _STRUCT_SIZE, _KERNELS. */

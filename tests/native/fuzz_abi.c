@@ -6,6 +6,7 @@
  * Entry: LLVMFuzzerTestOneInput (clang -fsanitize=fuzzer); fuzz_main.c feeds it random inputs under any compiler. */
 #include <math.h>
 
+#include "ksort_run.h"
 #include "support.h"
 
 typedef unsigned __int128 wide;

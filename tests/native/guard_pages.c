@@ -4,6 +4,7 @@
 #include <float.h>
 #include <math.h>
 
+#include "ksort_run.h"
 #include "problems.h"
 
 /* Packs n_slots random tokens in two calls and reads them back: finite, and off by at most one rounding step (where no

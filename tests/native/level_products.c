@@ -1,5 +1,6 @@
 /* The part of `levels` for what a transformer block does around attention: products agree within twice the bound of one
  * level, sums are the same. */
+#include "ksort_run.h"
 #include "levels.h"
 
 /* A finite weight, random or the type's largest. f16 and bf16: the bits. */

@@ -3,6 +3,7 @@
  * usage: pool_race STEPS */
 #include <unistd.h>
 
+#include "ksort_run.h"
 #include "support.h"
 
 enum { N_HEADS = 4, N_KV_HEADS = 2, HEAD_DIM = 32, N_SLOTS = 2048, MAX_STEP = 40 };

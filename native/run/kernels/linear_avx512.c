@@ -60,7 +60,7 @@ ALWAYS_INLINE void outputs_at(const struct linear_block *block, const uint32_t t
         }
 }
 
-void ksort_avx512_linear(const struct linear_block *block)
+void ksort_run_avx512_linear(const struct linear_block *block)
 {
     if (block->n_rows > LINEAR_ROWS)
         linear_rows(block);

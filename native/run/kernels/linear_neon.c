@@ -92,7 +92,7 @@ ALWAYS_INLINE void linear_of_type(const struct linear_block *block, const uint32
         many_rows(block, type);
 }
 
-void ksort_neon_linear(const struct linear_block *block)
+void ksort_run_neon_linear(const struct linear_block *block)
 {
     if (block->type == KSORT_F32)
         linear_of_type(block, KSORT_F32);

@@ -9,7 +9,7 @@
 #ifndef KSORT_LINEAR_OUTPUTS_H
 #define KSORT_LINEAR_OUTPUTS_H
 
-#include "kernels.h"
+#include "run_kernels.h"
 
 #define SUMS 2 /* registers of partial sums an output and row of x */
 #define MOST_STREAMS 4

@@ -17,7 +17,7 @@
 #ifndef KSORT_LINEAR_ROWS_H
 #define KSORT_LINEAR_ROWS_H
 
-#include "kernels.h"
+#include "run_kernels.h"
 
 #define PANEL_OUTPUTS (2 * LANES)
 #define PANEL_INPUTS (8192 / LANES)

@@ -3,7 +3,7 @@
  * Bytes moved: the block's weights once for every LINEAR_ROWS rows.
  */
 #include "half.h"
-#include "scalar/scalar.h"
+#include "run_kernels.h"
 
 static void output_at(const struct linear_block *block, size_t output, uint32_t first_row, uint32_t n_rows)
 {
@@ -20,7 +20,7 @@ static void output_at(const struct linear_block *block, size_t output, uint32_t 
         block->y[(first_row + r) * block->y_row_stride + output] = sums[r];
 }
 
-void ksort_scalar_linear(const struct linear_block *block)
+void ksort_run_scalar_linear(const struct linear_block *block)
 {
     for (uint32_t row = 0; row < block->n_rows; row += LINEAR_ROWS)
         for (size_t o = 0; o < block->n_out; o++)

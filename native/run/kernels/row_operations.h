@@ -8,7 +8,7 @@
 
 #include <math.h>
 
-#include "kernels.h"
+#include "run_kernels.h"
 #include "template/exp_constants.h"
 
 #define SUMS 4

@@ -3,12 +3,14 @@
 
 #include "row_operations.h"
 
-void ksort_avx2_rms_norm(float *x, const float *added, const float *gain, uint32_t n, float epsilon, float *y)
+static void rms_norm(float *x, const float *added, const float *gain, uint32_t n, float epsilon, float *y)
 {
     rms_norm_row(x, added, gain, n, epsilon, y);
 }
 
-void ksort_avx2_swiglu(const float *gate, const float *up, uint32_t n, float *y)
+static void swiglu(const float *gate, const float *up, uint32_t n, float *y)
 {
     swiglu_row(gate, up, n, y);
 }
+
+const struct run_kernels ksort_run_avx2 = {ksort_run_avx2_linear, rms_norm, swiglu};

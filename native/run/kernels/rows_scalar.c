@@ -1,9 +1,9 @@
 /* Row operations of a transformer block: RMSNorm and SwiGLU, one row. Bytes moved: the row in and out. */
 #include <math.h>
 
-#include "scalar/scalar.h"
+#include "run_kernels.h"
 
-void ksort_scalar_rms_norm(float *x, const float *added, const float *gain, uint32_t n, float epsilon, float *y)
+static void rms_norm(float *x, const float *added, const float *gain, uint32_t n, float epsilon, float *y)
 {
     float sum = 0.0f;
     for (uint32_t i = 0; i < n; i++) {
@@ -16,8 +16,10 @@ void ksort_scalar_rms_norm(float *x, const float *added, const float *gain, uint
         y[i] = x[i] * factor * gain[i];
 }
 
-void ksort_scalar_swiglu(const float *gate, const float *up, uint32_t n, float *y)
+static void swiglu(const float *gate, const float *up, uint32_t n, float *y)
 {
     for (uint32_t i = 0; i < n; i++)
         y[i] = gate[i] / (1.0f + expf(-gate[i])) * up[i];
 }
+
+const struct run_kernels ksort_run_scalar = {ksort_run_scalar_linear, rms_norm, swiglu};
