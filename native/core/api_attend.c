@@ -3,13 +3,16 @@
 #include "check.h"
 #include "transform.h"
 
-static ksort_status check_caches(const ksort_attend_args *args, bool with_memory, struct attend_job *job)
+static ksort_status read_caches(struct attend_job *job, bool with_memory)
 {
-    ksort_status status = ksort_check_cache(args->k, with_memory, &job->k);
+    ksort_attend_args *args = &job->args;
+    ksort_status status = ksort_read_cache(args->k, with_memory, &job->k_cache, &job->k);
     if (status == KSORT_OK)
-        status = ksort_check_cache(args->v, with_memory, &job->v);
+        status = ksort_read_cache(args->v, with_memory, &job->v_cache, &job->v);
     if (status != KSORT_OK)
         return status;
+    args->k = &job->k_cache;
+    args->v = &job->v_cache;
     if (args->query_type != KSORT_F32 && args->query_type != KSORT_BFP16)
         return KSORT_ERR_TYPE;
     if (job->k.head_dim != job->v.head_dim)
@@ -27,36 +30,44 @@ static ksort_status check_caches(const ksort_attend_args *args, bool with_memory
     return status;
 }
 
-static ksort_status check_memory(const ksort_attend_args *args, uint32_t nth, const struct attend_job *job)
+static ksort_status read_tables(struct attend_job *job)
+{
+    ksort_attend_args *args = &job->args;
+    uint32_t n_kv_heads = job->k_cache.n_kv_heads;
+    ksort_status status = KSORT_OK;
+    double growth;
+    if (args->k_transform)
+        status = ksort_read_transform(args->k_transform, job->kernels, &job->k, n_kv_heads, &job->k_transform);
+    if (status == KSORT_OK && args->v_transform)
+        status = ksort_read_transform(args->v_transform, job->kernels, &job->v, n_kv_heads, &job->v_transform);
+    if (status == KSORT_OK && args->rope)
+        status = ksort_read_rope(args->rope, n_kv_heads, job->k.head_dim, args->n_queries, &job->rope, &growth);
+    args->k_transform = args->k_transform ? &job->k_transform : NULL;
+    args->v_transform = args->v_transform ? &job->v_transform : NULL;
+    args->rope = args->rope ? &job->rope : NULL;
+    return status;
+}
+
+static ksort_status check_memory(const ksort_attend_args *args, uint32_t nth)
 {
     if (!args->q || !args->out || !args->workspace)
         return KSORT_ERR_ARGUMENT;
     if (!is_aligned(args->workspace))
         return KSORT_ERR_ALIGNMENT;
-    if (args->workspace_bytes / sizeof(struct attend_scratch) < nth)
-        return KSORT_ERR_WORKSPACE;
-    ksort_status status = KSORT_OK;
-    if (args->k_transform)
-        status = ksort_check_transform(job->kernels, args->k_transform, &job->k, args->k->n_kv_heads);
-    if (status == KSORT_OK && args->v_transform)
-        status = ksort_check_transform(job->kernels, args->v_transform, &job->v, args->v->n_kv_heads);
-    double growth;
-    if (status != KSORT_OK || !args->rope)
-        return status;
-    return ksort_check_rope(args->rope, args->k->n_kv_heads, job->k.head_dim, args->n_queries, &growth);
+    return args->workspace_bytes / sizeof(struct attend_scratch) < nth ? KSORT_ERR_WORKSPACE : KSORT_OK;
 }
 
-ksort_status ksort_attend_prepare(const ksort_attend_args *args, uint32_t nth, bool with_memory,
+ksort_status ksort_attend_prepare(const ksort_attend_args *from, uint32_t nth, bool with_memory,
                                   struct attend_job *job)
 {
-    if (!args || nth == 0)
-        return KSORT_ERR_ARGUMENT;
-    if (args->struct_size != sizeof *args)
-        return KSORT_ERR_STRUCT_SIZE;
-    *job = (struct attend_job){.args = args, .kernels = ksort_kernel_table()};
+    ksort_attend_args *args = &job->args;
+    ksort_status status = nth ? READ_STRUCT(args, from, scale) : KSORT_ERR_ARGUMENT;
+    if (status != KSORT_OK)
+        return status;
+    job->kernels = ksort_kernel_table();
     if (!job->kernels)
         return KSORT_ERR_KERNELS;
-    ksort_status status = check_caches(args, with_memory, job);
+    status = read_caches(job, with_memory);
     if (status != KSORT_OK)
         return status;
     size_t token_values = (size_t)args->n_heads * job->k.head_dim;
@@ -67,7 +78,9 @@ ksort_status ksort_attend_prepare(const ksort_attend_args *args, uint32_t nth, b
     job->stride = (job->v.head_dim + 15) / 16 * 16; /* rows of accumulators start on a cache line */
     if (!with_memory)
         return KSORT_OK;
-    status = check_memory(args, nth, job);
+    status = check_memory(args, nth);
+    if (status == KSORT_OK)
+        status = read_tables(job);
     if (status == KSORT_OK)
         ksort_count_work(job);
     return status;
@@ -75,7 +88,7 @@ ksort_status ksort_attend_prepare(const ksort_attend_args *args, uint32_t nth, b
 
 ksort_status ksort_attend_check(const struct attend_job *job, uint32_t ith, uint32_t nth)
 {
-    const ksort_attend_args *args = job->args;
+    const ksort_attend_args *args = &job->args;
     struct range tokens = share_of(args->n_queries, ith, nth);
     size_t token_values = (size_t)args->n_heads * job->k.head_dim;
     for (size_t token = tokens.begin; token < tokens.end; token++)

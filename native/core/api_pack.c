@@ -16,38 +16,39 @@
 /* Transformed heads lie below it: no sum or error of the encoder comes near float32's largest. */
 #define TRANSFORMED_LIMIT 0x1p120f
 
-ksort_status ksort_pack_prepare(const ksort_pack_args *args, struct pack_job *job)
+ksort_status ksort_pack_prepare(const ksort_pack_args *from, struct pack_job *job)
 {
-    if (!args)
-        return KSORT_ERR_ARGUMENT;
-    if (args->struct_size != sizeof *args)
-        return KSORT_ERR_STRUCT_SIZE;
-    *job = (struct pack_job){.args = args, .kernels = ksort_kernel_table(), .growth = 1.0};
+    ksort_pack_args *args = &job->args;
+    ksort_status status = READ_STRUCT(args, from, n_tokens);
+    if (status != KSORT_OK)
+        return status;
+    job->growth = 1.0;
+    job->kernels = ksort_kernel_table();
     if (!job->kernels)
         return KSORT_ERR_KERNELS;
-    const ksort_cache *cache = args->cache;
-    ksort_status status = ksort_check_cache(cache, true, &job->layout);
+    status = ksort_read_cache(args->cache, true, &job->cache, &job->layout);
     if (status == KSORT_OK)
-        status = ksort_check_slots(cache, args->first_slot, args->n_tokens);
+        status = ksort_check_slots(&job->cache, args->first_slot, args->n_tokens);
     if (status != KSORT_OK)
         return status;
-    if (!args->x)
+    uint32_t n_kv_heads = job->cache.n_kv_heads, head_dim = job->layout.head_dim;
+    if (!args->x || check_rows(args->n_tokens, args->x_token_stride, (size_t)n_kv_heads * head_dim) != KSORT_OK)
         return KSORT_ERR_ARGUMENT;
-    status = check_rows(args->n_tokens, args->x_token_stride, (size_t)cache->n_kv_heads * job->layout.head_dim);
-    if (status != KSORT_OK)
-        return status;
     if (args->transform)
-        status = ksort_check_transform(job->kernels, args->transform, &job->layout, cache->n_kv_heads);
-    if (status != KSORT_OK || !args->rope)
-        return status;
-    return ksort_check_rope(args->rope, cache->n_kv_heads, job->layout.head_dim, args->n_tokens, &job->growth);
+        status = ksort_read_transform(args->transform, job->kernels, &job->layout, n_kv_heads, &job->transform);
+    if (status == KSORT_OK && args->rope)
+        status = ksort_read_rope(args->rope, n_kv_heads, head_dim, args->n_tokens, &job->rope, &job->growth);
+    args->cache = &job->cache;
+    args->rope = args->rope ? &job->rope : NULL;
+    args->transform = args->transform ? &job->transform : NULL;
+    return status;
 }
 
 /* The largest magnitude after RoPE and transform that is accepted. */
 static float largest_storable(const struct pack_job *job)
 {
     uint32_t type = job->layout.type;
-    if (job->args->transform)
+    if (job->args.transform)
         return nextafterf(TRANSFORMED_LIMIT, 0.0f);
     return type == KSORT_F16 ? F16_MAX : type == KSORT_BF16 ? BF16_MAX : FLT_MAX;
 }
@@ -55,7 +56,7 @@ static float largest_storable(const struct pack_job *job)
 /* The head after RoPE: x itself, or rotated in buffer [head_dim]. */
 static const float *rotated_head(const struct pack_job *job, uint32_t token, uint32_t head, float *buffer)
 {
-    const ksort_pack_args *args = job->args;
+    const ksort_pack_args *args = &job->args;
     uint32_t head_dim = job->layout.head_dim;
     const float *x = args->x + token * args->x_token_stride + (size_t)head * head_dim;
     if (!args->rope)
@@ -69,7 +70,7 @@ static const float *rotated_head(const struct pack_job *job, uint32_t token, uin
 static const float *transformed_head(const struct pack_job *job, const float *y, uint32_t head, float *buffer)
 {
     uint32_t head_dim = job->layout.head_dim;
-    struct head_transform transform = ksort_head_transform(job->args->transform, head_dim, head);
+    struct head_transform transform = ksort_head_transform(job->args.transform, head_dim, head);
     memmove(buffer, y, head_dim * sizeof *y);
     job->kernels->transform_key(&transform, head_dim, buffer);
     return buffer;
@@ -81,9 +82,9 @@ static bool packed_tokens_fit(const struct pack_job *job, struct range tokens, f
 {
     float buffer[KSORT_MAX_HEAD_DIM];
     for (size_t token = tokens.begin; token < tokens.end; token++)
-        for (uint32_t head = 0; head < job->args->cache->n_kv_heads; head++) {
+        for (uint32_t head = 0; head < job->args.cache->n_kv_heads; head++) {
             const float *y = rotated_head(job, (uint32_t)token, head, buffer);
-            if (job->args->transform)
+            if (job->args.transform)
                 y = transformed_head(job, y, head, buffer);
             if (job->kernels->max_magnitude(y, job->layout.head_dim) > float_bits(limit))
                 return false;
@@ -93,7 +94,7 @@ static bool packed_tokens_fit(const struct pack_job *job, struct range tokens, f
 
 ksort_status ksort_pack_check(const struct pack_job *job, uint32_t ith, uint32_t nth)
 {
-    const ksort_pack_args *args = job->args;
+    const ksort_pack_args *args = &job->args;
     struct range tokens = share_of(args->n_tokens, ith, nth);
     size_t token_values = (size_t)args->cache->n_kv_heads * job->layout.head_dim;
     uint32_t max = 0;
@@ -143,14 +144,14 @@ static void write_head(const struct pack_job *job, const float *y, uint8_t *tile
 
 static uint8_t *slot_tile(const struct pack_job *job, size_t slot, uint32_t head)
 {
-    return tile_of(job->args->cache, slot / KSORT_TILE_TOKENS, head);
+    return tile_of(job->args.cache, slot / KSORT_TILE_TOKENS, head);
 }
 
 /* Tokens begin .. end-1 of a head, without a transform. */
 static void write_tokens(const struct pack_job *job, uint32_t head, struct range tokens)
 {
     for (size_t token = tokens.begin; token < tokens.end; token++) {
-        size_t slot = job->args->first_slot + token;
+        size_t slot = job->args.first_slot + token;
         float buffer[KSORT_MAX_HEAD_DIM];
         const float *y = rotated_head(job, (uint32_t)token, head, buffer);
         write_head(job, y, slot_tile(job, slot, head), slot % KSORT_TILE_TOKENS);
@@ -161,7 +162,7 @@ static void write_tokens(const struct pack_job *job, uint32_t head, struct range
 static void write_transformed_tokens(const struct pack_job *job, uint32_t head, struct range tokens)
 {
     const struct head_layout *layout = &job->layout;
-    struct head_transform transform = ksort_head_transform(job->args->transform, layout->head_dim, head);
+    struct head_transform transform = ksort_head_transform(job->args.transform, layout->head_dim, head);
     _Alignas(64) float heads[GROUP_TOKENS][KSORT_MAX_HEAD_DIM];
     struct encoded_head encoded[GROUP_TOKENS];
     memset(encoded, 0, min_size(GROUP_TOKENS, tokens.end - tokens.begin) * sizeof *encoded); /* padding channels */
@@ -174,7 +175,7 @@ static void write_transformed_tokens(const struct pack_job *job, uint32_t head, 
         }
         job->kernels->encode_transformed(&transform, layout, n_tokens, heads, encoded);
         for (uint32_t i = 0; i < n_tokens; i++) {
-            size_t slot = job->args->first_slot + first + i;
+            size_t slot = job->args.first_slot + first + i;
             store_encoded(layout, &encoded[i], slot_tile(job, slot, head), slot % KSORT_TILE_TOKENS);
         }
     }
@@ -182,12 +183,12 @@ static void write_transformed_tokens(const struct pack_job *job, uint32_t head, 
 
 void ksort_pack_write(const struct pack_job *job, uint32_t ith, uint32_t nth)
 {
-    size_t n_tokens = job->args->n_tokens;
-    struct range items = share_of(job->args->cache->n_kv_heads * n_tokens, ith, nth);
+    size_t n_tokens = job->args.n_tokens;
+    struct range items = share_of(job->args.cache->n_kv_heads * n_tokens, ith, nth);
     for (size_t item = items.begin; item < items.end;) {
         size_t head = item / n_tokens, end = min_size(items.end, (head + 1) * n_tokens);
         struct range tokens = {item - head * n_tokens, end - head * n_tokens};
-        if (job->args->transform)
+        if (job->args.transform)
             write_transformed_tokens(job, (uint32_t)head, tokens);
         else
             write_tokens(job, (uint32_t)head, tokens);

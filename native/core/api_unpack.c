@@ -17,7 +17,7 @@ const char *ksort_status_text(ksort_status status)
     case KSORT_ERR_ARGUMENT:
         return "bad argument: null pointer, zero count, slots outside the cache, or part outside the partition";
     case KSORT_ERR_STRUCT_SIZE:
-        return "struct_size is not one that this library knows";
+        return "struct_size is too small, or fields that this library does not know are not zero";
     case KSORT_ERR_TYPE:
         return "unknown cache type, or one not allowed here";
     case KSORT_ERR_HEAD_DIM:
@@ -42,7 +42,7 @@ const char *ksort_status_text(ksort_status status)
         return "the system refused memory or threads for the pool";
     case KSORT_ERR_TRANSFORM:
         return "a transform's shift is not finite, its scale not positive and finite, its rotate not 0 or 1, or its "
-               "sequence no permutation";
+               "permutation repeats a channel";
     }
     return "unknown status";
 }
@@ -71,15 +71,16 @@ static void unpack_bfp(const struct head_layout *layout, const uint8_t *tile, ui
 
 ksort_status ksort_unpack(const ksort_cache *cache, size_t first_slot, uint32_t n_tokens, float *out)
 {
+    ksort_cache copy;
     struct head_layout layout;
-    ksort_status status = ksort_check_cache(cache, true, &layout);
+    ksort_status status = ksort_read_cache(cache, true, &copy, &layout);
     if (status == KSORT_OK)
-        status = out ? ksort_check_slots(cache, first_slot, n_tokens) : KSORT_ERR_ARGUMENT;
+        status = out ? ksort_check_slots(&copy, first_slot, n_tokens) : KSORT_ERR_ARGUMENT;
     if (status != KSORT_OK)
         return status;
     for (size_t slot = first_slot; slot < first_slot + n_tokens; slot++)
-        for (uint32_t head = 0; head < cache->n_kv_heads; head++, out += layout.head_dim) {
-            const uint8_t *tile = tile_of(cache, slot / KSORT_TILE_TOKENS, head);
+        for (uint32_t head = 0; head < copy.n_kv_heads; head++, out += layout.head_dim) {
+            const uint8_t *tile = tile_of(&copy, slot / KSORT_TILE_TOKENS, head);
             uint32_t token = slot % KSORT_TILE_TOKENS;
             if (is_bfp(layout.type)) {
                 unpack_bfp(&layout, tile, token, out);

@@ -18,7 +18,12 @@
 #include "kernels.h"
 
 struct attend_job {
-    const ksort_attend_args *args;
+    ksort_attend_args args; /* points to the five below, which are copies too: a job may not be moved */
+    ksort_cache k_cache;
+    ksort_cache v_cache;
+    ksort_rope rope;
+    ksort_transform k_transform;
+    ksort_transform v_transform;
     const struct kernels *kernels;
     struct head_layout k;
     struct head_layout v;
@@ -53,9 +58,9 @@ struct attend_scratch {
     struct partial partials[N_PARTIALS];
 };
 
-/* Checks the arguments and, with_memory, the pointers to data; counts the work, if it is to be done (with_memory).
- * Returns as ksort_attend, without _NON_FINITE. */
-ksort_status ksort_attend_prepare(const ksort_attend_args *args, uint32_t nth, bool with_memory,
+/* Reads a caller's arguments and checks them and, with_memory, the pointers to data; counts the work, if it is to be done
+ * (with_memory). Returns as ksort_attend, without _NON_FINITE. */
+ksort_status ksort_attend_prepare(const ksort_attend_args *from, uint32_t nth, bool with_memory,
                                   struct attend_job *job);
 
 /* Checks part ith of nth of q. Returns KSORT_OK, _NON_FINITE. */
@@ -77,13 +82,13 @@ ksort_status ksort_prepare_queries(const struct attend_job *job, const struct un
 /* Slots that a row sees. */
 static inline struct range row_slots(const struct attend_job *job, size_t row)
 {
-    size_t end = job->args->first_slot + row / job->group + 1, window = job->args->window;
+    size_t end = job->args.first_slot + row / job->group + 1, window = job->args.window;
     return (struct range){window && end > window ? end - window : 0, end};
 }
 
 static inline struct attend_scratch *scratch_of(const struct attend_job *job, uint32_t part)
 {
-    return (struct attend_scratch *)job->args->workspace + part;
+    return (struct attend_scratch *)job->args.workspace + part;
 }
 
 #endif /* KSORT_ATTEND_H */

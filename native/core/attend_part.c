@@ -27,7 +27,7 @@ static score_function *scores_for(const struct attend_job *job)
 {
     if (!is_bfp(job->k.type))
         return job->kernels->scores_float;
-    return job->args->query_type == KSORT_F32 ? job->kernels->scores_bfp_by_f32 : job->kernels->scores_bfp_by_bfp;
+    return job->args.query_type == KSORT_F32 ? job->kernels->scores_bfp_by_f32 : job->kernels->scores_bfp_by_bfp;
 }
 
 /* The part of `slots` inside a tile, counted from the tile's first slot; empty ranges have begin >= end. */
@@ -48,8 +48,8 @@ static uint32_t end_of_token(const struct attend_job *job, const struct unit *un
 static void attend_tile(const struct attend_job *job, const struct unit *unit, size_t tile,
                         struct attend_scratch *scratch, struct partial *partial)
 {
-    struct tile_span keys = span_of(job->args->k, &job->k, unit, tile);
-    struct tile_span values = span_of(job->args->v, &job->v, unit, tile);
+    struct tile_span keys = span_of(job->args.k, &job->k, unit, tile);
+    struct tile_span values = span_of(job->args.v, &job->v, unit, tile);
     scores_for(job)(&keys, &scratch->queries, scratch->scores);
     for (uint32_t row = 0, end; row < unit->n_rows; row = end) {
         struct range seen = within_tile(row_slots(job, unit->first_row + row), tile);
@@ -82,7 +82,7 @@ static ksort_status attend_tiles(const struct attend_job *job, const struct unit
 /* Writes the finished rows of a unit to out. Returns KSORT_OK, or _NON_FINITE if a score or a sum overflowed. */
 static ksort_status write_unit(const struct attend_job *job, const struct unit *unit, const struct partial *partial)
 {
-    const ksort_attend_args *args = job->args;
+    const ksort_attend_args *args = &job->args;
     uint32_t head_dim = job->v.head_dim;
     struct head_transform transform = {.rotate = false};
     uint16_t buffer[KSORT_MAX_HEAD_DIM];

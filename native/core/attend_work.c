@@ -18,7 +18,7 @@ static void set_rows(const struct attend_job *job, size_t block, struct unit *un
 
 void ksort_count_work(struct attend_job *job)
 {
-    job->n_rows = (size_t)job->args->n_queries * job->group;
+    job->n_rows = (size_t)job->args.n_queries * job->group;
     job->n_row_blocks = (job->n_rows - 1) / MAX_ROWS + 1;
     job->head_tiles = 0;
     for (size_t block = 0; block < job->n_row_blocks; block++) {
@@ -26,7 +26,7 @@ void ksort_count_work(struct attend_job *job)
         set_rows(job, block, &unit);
         job->head_tiles += tiles_of(unit.slots);
     }
-    job->n_tiles = job->head_tiles * job->args->k->n_kv_heads;
+    job->n_tiles = job->head_tiles * job->args.k->n_kv_heads;
 }
 
 void ksort_unit_at(const struct attend_job *job, size_t at, struct unit *unit)
@@ -48,7 +48,7 @@ static void set_integer_row(const struct attend_job *job, const union token_mant
 {
     const struct head_layout *k = &job->k;
     /* 2^-6 turns a BFP16 mantissa into units of 2^e; 2^-(mantissa_bits-2) does the same for the key's. */
-    float constant = job->args->scale * bits_float((uint32_t)(127 - 6 - (int32_t)(k->mantissa_bits - 2)) << 23);
+    float constant = job->args.scale * bits_float((uint32_t)(127 - 6 - (int32_t)(k->mantissa_bits - 2)) << 23);
     memcpy(queries->quads[row], mantissas->quads, k->n_quads * sizeof(uint32_t));
     for (uint32_t b = 0; b < k->n_blocks; b++) {
         uint32_t end = (uint32_t)min_size((b + 1) * k->block_size, k->head_dim);
@@ -65,13 +65,13 @@ static void set_dequantized_row(const struct attend_job *job, const union token_
 {
     for (uint32_t c = 0; c < job->k.head_dim; c++) {
         float value = (float)mantissas->channels[c] * 0x1p-6f * exponent_scale(exponents[c / job->k.block_size]);
-        queries->values[row][c] = value * job->args->scale;
+        queries->values[row][c] = value * job->args.scale;
     }
 }
 
 static void set_float_row(const struct attend_job *job, const float *query, uint32_t row, struct query_rows *queries)
 {
-    float factor = job->args->scale;
+    float factor = job->args.scale;
     if (is_bfp(job->k.type))
         factor *= bits_float((127 - (job->k.mantissa_bits - 2)) << 23);
     for (uint32_t c = 0; c < job->k.head_dim; c++)
@@ -84,7 +84,7 @@ static void set_float_row(const struct attend_job *job, const float *query, uint
 static const float *transformed_query(const struct attend_job *job, uint32_t kv_head, size_t token, const float *query,
                                       float *buffer)
 {
-    const ksort_attend_args *args = job->args;
+    const ksort_attend_args *args = &job->args;
     uint32_t head_dim = job->k.head_dim;
     if (!args->rope && !args->k_transform)
         return query;
@@ -103,7 +103,7 @@ static const float *transformed_query(const struct attend_job *job, uint32_t kv_
 
 ksort_status ksort_prepare_queries(const struct attend_job *job, const struct unit *unit, struct query_rows *queries)
 {
-    const ksort_attend_args *args = job->args;
+    const ksort_attend_args *args = &job->args;
     uint32_t head_dim = job->k.head_dim;
     queries->n_rows = unit->n_rows;
     for (uint32_t row = 0; row < unit->n_rows; row++) {

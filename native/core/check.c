@@ -21,13 +21,12 @@ static bool tiles_are_apart(const ksort_cache *cache, size_t tile_bytes)
             extent(inner, cache->tile_stride, n_tiles, &outer));
 }
 
-ksort_status ksort_check_cache(const ksort_cache *cache, bool with_memory, struct head_layout *layout)
+ksort_status ksort_read_cache(const ksort_cache *from, bool with_memory, ksort_cache *cache,
+                              struct head_layout *layout)
 {
-    if (!cache)
-        return KSORT_ERR_ARGUMENT;
-    if (cache->struct_size != sizeof *cache)
-        return KSORT_ERR_STRUCT_SIZE;
-    ksort_status status = ksort_layout_of(&cache->format, layout);
+    ksort_status status = READ_STRUCT(cache, from, n_kv_heads);
+    if (status == KSORT_OK)
+        status = ksort_layout_of(&cache->format, layout);
     if (status != KSORT_OK)
         return status;
     if (cache->n_kv_heads == 0 || cache->n_slots == 0 || (with_memory && !cache->base))
@@ -58,11 +57,12 @@ static bool head_pairs_up(const uint16_t *partner, const int8_t *sign, const uin
     return true;
 }
 
-ksort_status ksort_check_rope(const ksort_rope *rope, uint32_t n_kv_heads, uint32_t head_dim, uint32_t n_tokens,
-                              double *growth)
+ksort_status ksort_read_rope(const ksort_rope *from, uint32_t n_kv_heads, uint32_t head_dim, uint32_t n_tokens,
+                             ksort_rope *rope, double *growth)
 {
-    if (rope->struct_size != sizeof *rope)
-        return KSORT_ERR_STRUCT_SIZE;
+    ksort_status status = READ_STRUCT(rope, from, sin);
+    if (status != KSORT_OK)
+        return status;
     if (rope->n_frequencies == 0 || !rope->partner || !rope->sign || !rope->frequency || !rope->cos || !rope->sin ||
         check_rows(n_tokens, rope->n_frequencies, rope->n_frequencies) != KSORT_OK)
         return KSORT_ERR_ARGUMENT;

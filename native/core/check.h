@@ -3,10 +3,12 @@
 #define KSORT_CHECK_H
 
 #include "layout.h"
+#include "structs.h"
 
-/* Checks a cache and derives its layout; its memory too unless with_memory is false.
+/* Reads a caller's cache, checks it, its memory too unless with_memory is false, and derives its layout.
  * Returns KSORT_OK, _ARGUMENT, _STRUCT_SIZE, _TYPE, _HEAD_DIM, _BLOCK_SIZE, _ALIGNMENT. */
-ksort_status ksort_check_cache(const ksort_cache *cache, bool with_memory, struct head_layout *layout);
+ksort_status ksort_read_cache(const ksort_cache *from, bool with_memory, ksort_cache *cache,
+                              struct head_layout *layout);
 
 /* Checks that slots first_slot .. first_slot+n_tokens-1 exist and are at least one: KSORT_OK or _ARGUMENT. */
 ksort_status ksort_check_slots(const ksort_cache *cache, size_t first_slot, uint32_t n_tokens);
@@ -18,11 +20,11 @@ static inline ksort_status check_rows(uint32_t n_rows, size_t row_stride, size_t
     return fits ? KSORT_OK : KSORT_ERR_ARGUMENT;
 }
 
-/* Checks every table entry, and cos and sin [n_tokens, n_frequencies] to be finite. *growth becomes a bound of
+/* Reads a caller's RoPE and checks every table entry, and cos and sin [n_tokens, n_frequencies] to be finite. *growth becomes a bound of
  * |RoPE(x)[c]| / max|x|: at least 1, and max|cos| + max|sin| if that is more.
  * Returns KSORT_OK, _ARGUMENT, _STRUCT_SIZE, _ROPE, _KERNELS. */
-ksort_status ksort_check_rope(const ksort_rope *rope, uint32_t n_kv_heads, uint32_t head_dim, uint32_t n_tokens,
-                              double *growth);
+ksort_status ksort_read_rope(const ksort_rope *from, uint32_t n_kv_heads, uint32_t head_dim, uint32_t n_tokens,
+                             ksort_rope *rope, double *growth);
 
 static inline bool is_aligned(const void *p)
 {

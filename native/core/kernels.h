@@ -34,7 +34,7 @@ struct head_transform {
     const float *scale;    /* [head_dim], or NULL */
     const float *feedback; /* [head_dim][head_dim], or NULL */
     bool rotate;
-    const uint16_t *sequence; /* [head_dim], or NULL */
+    const uint16_t *permutation; /* [head_dim], or NULL */
 };
 
 #define GROUP_TOKENS 16 /* tokens of one head that are encoded by one call */

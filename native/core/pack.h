@@ -5,14 +5,17 @@
 #include "kernels.h"
 
 struct pack_job {
-    const ksort_pack_args *args;
+    ksort_pack_args args; /* points to the three below, which are copies too: a job may not be moved */
+    ksort_cache cache;
+    ksort_rope rope;
+    ksort_transform transform;
     const struct kernels *kernels;
     struct head_layout layout;
     double growth; /* |RoPE(x)| <= growth * max|x|; see ksort_check_rope */
 };
 
-/* Checks everything but the values of x. Returns as ksort_pack, without _NON_FINITE and _RANGE. */
-ksort_status ksort_pack_prepare(const ksort_pack_args *args, struct pack_job *job);
+/* Reads a caller's arguments and checks everything but the values of x. Returns as ksort_pack, without _NON_FINITE and _RANGE. */
+ksort_status ksort_pack_prepare(const ksort_pack_args *from, struct pack_job *job);
 
 /* Checks part ith of nth of x. Returns KSORT_OK, _NON_FINITE, _RANGE. */
 ksort_status ksort_pack_check(const struct pack_job *job, uint32_t ith, uint32_t nth);

@@ -2,17 +2,19 @@
 
 #include <math.h>
 
+#include "structs.h"
+
 /* These run in every call, so their loops have no early end: compilers make vectors of all but the scattered stores. */
-static bool is_permutation(const uint16_t *sequence, uint32_t n)
+static bool is_permutation(const uint16_t *permutation, uint32_t n)
 {
     uint32_t n_outside = 0, n_seen = 0;
     for (uint32_t i = 0; i < n; i++)
-        n_outside += sequence[i] >= n;
+        n_outside += permutation[i] >= n;
     if (n_outside)
         return false;
     uint8_t seen[KSORT_MAX_HEAD_DIM] = {0};
     for (uint32_t i = 0; i < n; i++)
-        seen[sequence[i]] = 1;
+        seen[permutation[i]] = 1;
     for (uint32_t i = 0; i < n; i++)
         n_seen += seen[i];
     return n_seen == n;
@@ -26,11 +28,12 @@ static bool all_positive(const float *x, size_t n)
     return n_others == 0;
 }
 
-ksort_status ksort_check_transform(const struct kernels *kernels, const ksort_transform *transform,
-                                   const struct head_layout *layout, uint32_t n_kv_heads)
+ksort_status ksort_read_transform(const ksort_transform *from, const struct kernels *kernels,
+                                  const struct head_layout *layout, uint32_t n_kv_heads, ksort_transform *transform)
 {
-    if (transform->struct_size != sizeof *transform)
-        return KSORT_ERR_STRUCT_SIZE;
+    ksort_status status = READ_STRUCT(transform, from, rotate);
+    if (status != KSORT_OK)
+        return status;
     if (!is_bfp(layout->type))
         return KSORT_ERR_TYPE;
     if (transform->rotate > 1)
@@ -41,8 +44,8 @@ ksort_status ksort_check_transform(const struct kernels *kernels, const ksort_tr
         return KSORT_ERR_TRANSFORM;
     if (scale && (kernels->max_magnitude(scale, n) >= FLOAT_MAGNITUDE_INF || !all_positive(scale, n)))
         return KSORT_ERR_TRANSFORM;
-    for (uint32_t head = 0; transform->sequence && head < n_kv_heads; head++)
-        if (!is_permutation(transform->sequence + (size_t)head * layout->head_dim, layout->head_dim))
+    for (uint32_t head = 0; transform->permutation && head < n_kv_heads; head++)
+        if (!is_permutation(transform->permutation + (size_t)head * layout->head_dim, layout->head_dim))
             return KSORT_ERR_TRANSFORM;
     return KSORT_OK;
 }
@@ -69,16 +72,16 @@ struct head_transform ksort_head_transform(const ksort_transform *transform, uin
         .scale = transform->scale ? transform->scale + at : NULL,
         .feedback = transform->feedback ? transform->feedback + at * head_dim : NULL,
         .rotate = transform->rotate != 0,
-        .sequence = transform->sequence ? transform->sequence + at : NULL,
+        .permutation = transform->permutation ? transform->permutation + at : NULL,
     };
 }
 
 const uint16_t *ksort_places_of(const struct head_transform *transform, uint32_t head_dim,
                                 uint16_t places[KSORT_MAX_HEAD_DIM])
 {
-    if (!transform->sequence)
+    if (!transform->permutation)
         return NULL;
     for (uint32_t i = 0; i < head_dim; i++)
-        places[transform->sequence[i]] = (uint16_t)i;
+        places[transform->permutation[i]] = (uint16_t)i;
     return places;
 }

@@ -4,10 +4,10 @@
 
 #include "kernels.h"
 
-/* Checks a transform of heads stored as `layout`. Feedback entries are not looked at.
+/* Reads a caller's transform of heads stored as `layout`, and checks it. Feedback entries are not looked at.
  * Returns KSORT_OK, _STRUCT_SIZE, _TYPE, _TRANSFORM. */
-ksort_status ksort_check_transform(const struct kernels *kernels, const ksort_transform *transform,
-                                   const struct head_layout *layout, uint32_t n_kv_heads);
+ksort_status ksort_read_transform(const ksort_transform *from, const struct kernels *kernels,
+                                  const struct head_layout *layout, uint32_t n_kv_heads, ksort_transform *transform);
 
 /* A bound of |transformed head| for heads x up to `magnitude`; transform has been checked. */
 double ksort_transformed_bound(const struct kernels *kernels, const ksort_transform *transform, uint32_t n_kv_heads,
@@ -16,7 +16,7 @@ double ksort_transformed_bound(const struct kernels *kernels, const ksort_transf
 /* The tables of KV head `head`. */
 struct head_transform ksort_head_transform(const ksort_transform *transform, uint32_t head_dim, uint32_t head);
 
-/* The inverse of the transform's sequence, in `places`: channel c stands at place places[c]. NULL if it has none. */
+/* The inverse of the transform's permutation, in `places`: channel c stands at place places[c]. NULL if it has none. */
 const uint16_t *ksort_places_of(const struct head_transform *transform, uint32_t head_dim,
                                 uint16_t places[KSORT_MAX_HEAD_DIM]);
 

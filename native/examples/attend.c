@@ -25,8 +25,8 @@ int main(void) {
             key[i] = (float)((i * 7 + (int)slot * 13) % 31 - 15) / 15;
             value[i] = (float)slot; /* so the answer is the mean slot that the query looks at */
         }
-        ksort_pack_args pack_k = {sizeof pack_k, &k, NULL, key, N_KV_HEADS * HEAD_DIM, slot, NULL, 1};
-        ksort_pack_args pack_v = {sizeof pack_v, &v, NULL, value, N_KV_HEADS * HEAD_DIM, slot, NULL, 1};
+        ksort_pack_args pack_k = {sizeof pack_k, &k, key, N_KV_HEADS * HEAD_DIM, slot, 1, NULL, NULL};
+        ksort_pack_args pack_v = {sizeof pack_v, &v, value, N_KV_HEADS * HEAD_DIM, slot, 1, NULL, NULL};
         status = ksort_pack(&pack_k, 0, 1); /* part 0 of 1: no other threads */
         if (status == KSORT_OK) status = ksort_pack(&pack_v, 0, 1);
     }

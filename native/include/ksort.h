@@ -5,8 +5,10 @@
  *   - Calls that take (ith, nth) do part ith of nth of the work, 0 <= ith < nth; every part must run, in any order and
  *     on any threads, before the result is complete. Parts write disjoint bytes. They neither allocate, lock nor start
  *     threads. Different parts of one call, and calls on disjoint memory, may run at the same time.
- *   - Structs begin with struct_size, set by the caller to sizeof(the struct): a later library knows which fields a
- *     caller was built with.
+ *   - Structs begin with struct_size, set by the caller to sizeof(the struct). One from an older header may be shorter
+ *     than this library's, if it reaches the end of its last mandatory field, which each struct names: the fields that
+ *     it lacks count as zero. One from a newer header may be longer, up to 4096 bytes, if all that this library does not
+ *     know is zero. Otherwise KSORT_ERR_STRUCT_SIZE.
  *   - A status other than KSORT_OK means that this part wrote nothing to the cache or the output; the one exception is
  *     said at ksort_attend.
  *   - The floating-point environment is C's default: round to nearest, subnormal numbers kept.
@@ -22,7 +24,7 @@
 extern "C" {
 #endif
 
-#define KSORT_ABI_VERSION 1
+#define KSORT_ABI_VERSION 2
 #define KSORT_TILE_TOKENS 64 /* tokens of one head stored together */
 #define KSORT_ALIGNMENT 64   /* bytes; of cache memory, tile and head strides, and workspace */
 #define KSORT_MAX_HEAD_DIM 256
@@ -31,7 +33,8 @@ typedef enum ksort_status {
     KSORT_OK = 0,
     KSORT_ERR_ARGUMENT = 1,    /* null pointer, zero count, overflowing size, strides that make tiles overlap, slots
                                   past n_slots, a scale that is not finite, or ith >= nth */
-    KSORT_ERR_STRUCT_SIZE = 2, /* struct_size is not one that this library knows */
+    KSORT_ERR_STRUCT_SIZE = 2, /* struct_size ends before a mandatory field, or fields that this library does not know
+                                  are not zero */
     KSORT_ERR_TYPE = 3,        /* unknown ksort_type, or one not allowed in that place */
     KSORT_ERR_HEAD_DIM = 4,    /* odd, zero, above KSORT_MAX_HEAD_DIM, or not the same for k and v */
     KSORT_ERR_BLOCK_SIZE = 5,  /* not 16, 32, 64 or 128, or larger than head_dim */
@@ -46,7 +49,7 @@ typedef enum ksort_status {
     KSORT_ERR_KERNELS = 12,    /* unknown kernel level, or one that this CPU does not support */
     KSORT_ERR_THREADS = 13,    /* the system refused memory or threads for the pool */
     KSORT_ERR_TRANSFORM = 14   /* a shift is not finite, a scale is not positive and finite, rotate is not 0 or 1, or a
-                                  sequence is no permutation */
+                                  permutation repeats a channel */
 } ksort_status;
 
 typedef enum ksort_type {
@@ -58,7 +61,7 @@ typedef enum ksort_type {
     KSORT_BFP12 = 5  /* 4-bit mantissas */
 } ksort_type;
 
-/* How the heads of one cache are stored. */
+/* How the heads of one cache are stored. Its size is always the same, as it stands within ksort_cache. */
 typedef struct ksort_format {
     size_t struct_size;
     uint32_t type;       /* ksort_type */
@@ -72,7 +75,7 @@ typedef struct ksort_format {
  *   sign[c] = 0:  y[c] = x[c]
  *   otherwise:    y[c] = x[c] * cos[t][frequency[c]] + sign[c] * x[partner[c]] * sin[t][frequency[c]]
  * partner is an involution without fixed points on the rotated channels; of each pair, one sign is -1 and the other
- * +1. cos and sin are finite. */
+ * +1. cos and sin are finite. All fields are mandatory: the last is sin. */
 typedef struct ksort_rope {
     size_t struct_size;
     uint32_t n_frequencies;    /* columns of cos and sin, at least 1 */
@@ -89,22 +92,24 @@ typedef struct ksort_rope {
  *   scale:    y[c] = y[c] * scale[c]
  *   rotate:   y = W y, W the orthonormal Walsh-Hadamard matrix (blocks of powers of two along the diagonal where
  *             head_dim is none)
- *   sequence: y[i] = y[sequence[i]]
+ *   permutation: y[i] = y[permutation[i]]
  *   rounding: exponents by least squared error, the whole mantissa range; with feedback, each channel's rounding error
  *             times feedback[c][j] is taken from every later channel j before that one is rounded
- * BFP cache types only. Attention undoes it: queries become W (q / scale), in sequence, and the softmax does not see the
- * shift of keys; of values, out, taken out of sequence, becomes (W out) / scale + shift. */
+ * BFP cache types only. Attention undoes it: queries become W (q / scale), permuted, and the softmax does not see the
+ * shift of keys; of values, out, permuted back, becomes (W out) / scale + shift. The last mandatory field is rotate. */
 typedef struct ksort_transform {
     size_t struct_size;
-    const float *shift;    /* [n_kv_heads, head_dim], or NULL */
-    const float *scale;    /* [n_kv_heads, head_dim], or NULL */
-    const float *feedback; /* [n_kv_heads, head_dim, head_dim], or NULL. [h][c][j] is read for j > c only; entries are
-                              trusted: any that are not finite make mantissas arbitrary, and harm nothing else. */
-    uint32_t rotate;       /* 0 or 1 */
-    const uint16_t *sequence; /* [n_kv_heads, head_dim], a permutation in each head, or NULL */
+    uint32_t rotate;             /* 0 or 1 */
+    const float *shift;          /* [n_kv_heads, head_dim], or NULL */
+    const float *scale;          /* [n_kv_heads, head_dim], or NULL */
+    const float *feedback;       /* [n_kv_heads, head_dim, head_dim], or NULL. [h][c][j] is read for j > c only; entries
+                                    are trusted: any that are not finite make mantissas arbitrary, and harm nothing
+                                    else. */
+    const uint16_t *permutation; /* [n_kv_heads, head_dim], each channel once in each head, or NULL */
 } ksort_transform;
 
-/* One cache of one layer: tile t of KV head h starts at base + t * tile_stride + h * head_stride. */
+/* One cache of one layer: tile t of KV head h starts at base + t * tile_stride + h * head_stride. All fields are
+ * mandatory: the last is n_kv_heads. */
 typedef struct ksort_cache {
     size_t struct_size;
     ksort_format format;
@@ -138,16 +143,16 @@ ksort_status ksort_select_kernels(const char *level);
 ksort_status ksort_tile_bytes(const ksort_format *format, size_t *bytes);
 
 /* Pack: RoPE, transform, round and store n_tokens tokens of all KV heads into slots first_slot onwards. Without a
- * transform rounding is nearest. */
+ * transform rounding is nearest. The last mandatory field is n_tokens. */
 typedef struct ksort_pack_args {
     size_t struct_size;
     const ksort_cache *cache;
-    const ksort_rope *rope; /* NULL: no RoPE (values) */
-    const float *x;         /* [n_tokens, n_kv_heads, head_dim]; heads contiguous */
-    size_t x_token_stride;  /* floats between tokens, at least n_kv_heads * head_dim */
+    const float *x;                   /* [n_tokens, n_kv_heads, head_dim]; heads contiguous */
+    size_t x_token_stride;            /* floats between tokens, at least n_kv_heads * head_dim */
     size_t first_slot;
-    const ksort_transform *transform; /* NULL: none */
     uint32_t n_tokens;
+    const ksort_rope *rope;           /* NULL: no RoPE (values) */
+    const ksort_transform *transform; /* NULL: none */
 } ksort_pack_args;
 
 /* Every part checks all of x first, so with a bad value no part writes anything. Other slots keep their bytes.
@@ -164,28 +169,29 @@ ksort_status ksort_unpack(const ksort_cache *cache, size_t first_slot, uint32_t 
 
 /* Attend: softmax(scale * q k^T) v for n_queries tokens, the first of which is in slot first_slot.
  * Query i sees slots max(0, first_slot+i+1-window) .. first_slot+i (window 0: from slot 0): causal, so its own key and
- * value must be packed before. Query head g reads KV head g / (n_heads / n_kv_heads) and is rotated with its tables. */
+ * value must be packed before. Query head g reads KV head g / (n_heads / n_kv_heads) and is rotated with its tables.
+ * The last mandatory field is scale. */
 typedef struct ksort_attend_args {
     size_t struct_size;
     const ksort_cache *k;
-    const ksort_cache *v;   /* same head_dim and n_kv_heads as k; type and block size may differ */
-    const ksort_rope *rope; /* for the queries; cos and sin rows are the query tokens'. NULL: no RoPE */
-    const ksort_transform *k_transform; /* those that k and v were packed with. NULL: none */
-    const ksort_transform *v_transform;
-    const float *q;         /* [n_queries, n_heads, head_dim]; heads contiguous, before RoPE */
-    size_t q_token_stride;  /* floats between tokens, at least n_heads * head_dim */
-    float *out;             /* [n_queries, n_heads, head_dim]; heads contiguous */
-    size_t out_token_stride;/* floats between tokens, at least n_heads * head_dim */
+    const ksort_cache *v;    /* same head_dim and n_kv_heads as k; type and block size may differ */
+    const float *q;          /* [n_queries, n_heads, head_dim]; heads contiguous, before RoPE */
+    size_t q_token_stride;   /* floats between tokens, at least n_heads * head_dim */
+    float *out;              /* [n_queries, n_heads, head_dim]; heads contiguous */
+    size_t out_token_stride; /* floats between tokens, at least n_heads * head_dim */
+    void *workspace;         /* KSORT_ALIGNMENT-aligned; contents are private between the parts of attend and merge */
+    size_t workspace_bytes;
     size_t first_slot;
     uint32_t n_queries;
     uint32_t n_heads;
-    uint32_t window;        /* 0: none */
-    uint32_t query_type;    /* KSORT_F32, or KSORT_BFP16: queries are rounded to BFP16 with k's block size and the dot
-                               products are of integer mantissas (BFP keys only; with float keys it means the same
-                               rounding, then float products) */
-    float scale;            /* usually 1/sqrt(head_dim) */
-    void *workspace;        /* KSORT_ALIGNMENT-aligned; contents are private between the parts of attend and merge */
-    size_t workspace_bytes;
+    uint32_t query_type;     /* KSORT_F32, or KSORT_BFP16: queries are rounded to BFP16 with k's block size and the dot
+                                products are of integer mantissas (BFP keys only; with float keys it means the same
+                                rounding, then float products) */
+    float scale;             /* usually 1/sqrt(head_dim) */
+    uint32_t window;         /* 0: none */
+    const ksort_rope *rope;  /* for the queries; cos and sin rows are the query tokens'. NULL: no RoPE */
+    const ksort_transform *k_transform; /* those that k and v were packed with. NULL: none */
+    const ksort_transform *v_transform;
 } ksort_attend_args;
 
 /* Workspace that ksort_attend and ksort_attend_merge need for these arguments (its pointers, workspace and

@@ -18,12 +18,12 @@ static size_t row_bytes(const ksort_linear_args *args)
     return args->n_in * (args->type == KSORT_F32 ? 4 : 2);
 }
 
-ksort_status ksort_linear_prepare(const ksort_linear_args *args, struct linear_job *job)
+ksort_status ksort_linear_prepare(const ksort_linear_args *from, struct linear_job *job)
 {
-    if (!args)
-        return KSORT_ERR_ARGUMENT;
-    if (args->struct_size != sizeof *args)
-        return KSORT_ERR_STRUCT_SIZE;
+    const ksort_linear_args *args = &job->args;
+    ksort_status status = READ_STRUCT(&job->args, from, type);
+    if (status != KSORT_OK)
+        return status;
     if (args->type != KSORT_F32 && args->type != KSORT_F16 && args->type != KSORT_BF16)
         return KSORT_ERR_TYPE;
     if (!args->weights || !args->x || !args->y || args->n_out == 0 || args->n_in == 0 || args->n_rows == 0)
@@ -32,7 +32,8 @@ ksort_status ksort_linear_prepare(const ksort_linear_args *args, struct linear_j
         check_rows(args->n_rows, args->x_row_stride, args->n_in) != KSORT_OK ||
         check_rows(args->n_rows, args->y_row_stride, args->n_out) != KSORT_OK)
         return KSORT_ERR_ARGUMENT;
-    *job = (struct linear_job){.args = args, .kernels = ksort_run_kernels()};
+    job->n_long = 0;
+    job->kernels = ksort_run_kernels();
     return job->kernels ? KSORT_OK : KSORT_ERR_KERNELS;
 }
 
@@ -49,7 +50,7 @@ static size_t n_groups(const ksort_linear_args *args)
 
 uint32_t ksort_linear_parts(struct linear_job *job, uint32_t n_threads)
 {
-    const ksort_linear_args *args = job->args;
+    const ksort_linear_args *args = &job->args;
     if (args->n_rows > LINEAR_ROWS)
         return (uint32_t)min_size(n_groups(args), MAX_PARTS);
     job->n_long = (uint32_t)min_size(n_threads, MAX_PARTS);
@@ -60,7 +61,7 @@ uint32_t ksort_linear_parts(struct linear_job *job, uint32_t n_threads)
 /* Groups of part ith of nth: of the job's long parts, or of the rest. */
 static struct range groups_of_part(const struct linear_job *job, uint32_t ith, uint32_t nth)
 {
-    size_t total = n_groups(job->args), rest = job->n_long ? total / REST_SHARE : total, in_long = total - rest;
+    size_t total = n_groups(&job->args), rest = job->n_long ? total / REST_SHARE : total, in_long = total - rest;
     if (ith < job->n_long)
         return share_of(in_long, ith, job->n_long);
     struct range groups = share_of(rest, ith - job->n_long, nth - job->n_long);
@@ -69,7 +70,7 @@ static struct range groups_of_part(const struct linear_job *job, uint32_t ith, u
 
 void ksort_linear_run(const struct linear_job *job, uint32_t ith, uint32_t nth)
 {
-    const ksort_linear_args *args = job->args;
+    const ksort_linear_args *args = &job->args;
     struct range groups = groups_of_part(job, ith, nth);
     size_t begin = groups.begin * group_outputs(args), end = min_size(groups.end * group_outputs(args), args->n_out);
     if (begin >= end)

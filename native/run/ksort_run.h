@@ -19,13 +19,12 @@ extern "C" {
 /* The version of the loaded library: equals KSORT_RUN_ABI_VERSION of the header it was built with. Thread-safe. */
 uint32_t ksort_run_abi_version(void);
 
-/* y = x W^T + bias. Products and sums are float32, whatever the weights' type; an output is summed by one part, in an
+/* y = x W^T + bias. The last mandatory field is type. Products and sums are float32, whatever the weights' type; an output is summed by one part, in an
  * order that depends on the kernel level, on n_in and on whether n_rows is more than 4. For few rows, as in a decode
  * step, it is bound by reading the weights, which happens once. */
 typedef struct ksort_linear_args {
     size_t struct_size;
     const void *weights; /* [n_out, n_in], rows contiguous */
-    const float *bias;   /* [n_out], or NULL */
     const float *x;      /* [n_rows, n_in] */
     float *y;            /* [n_rows, n_out] */
     size_t x_row_stride; /* floats between rows, at least n_in */
@@ -34,30 +33,36 @@ typedef struct ksort_linear_args {
     size_t n_in;
     uint32_t n_rows;
     uint32_t type;       /* of the weights: KSORT_F32, KSORT_F16 or KSORT_BF16 */
+    const float *bias;   /* [n_out], or NULL */
 } ksort_linear_args;
 
 /* Returns KSORT_OK, _ARGUMENT, _STRUCT_SIZE, _TYPE, _KERNELS. */
 ksort_status ksort_linear(const ksort_linear_args *args, uint32_t ith, uint32_t nth);
 
-/* x += added, then y = gain * x / sqrt(mean of x^2 + epsilon) (RMSNorm, arXiv 1910.07467), for each row. y may be x. */
+/* x += added_scale * added, then y = gain * x / sqrt(mean of x^2 + epsilon) (RMSNorm, arXiv 1910.07467), for each vector.
+ * A row holds `heads` vectors of n values one after another, which share the gain: one, or the heads of q or k in a row
+ * of q, k and v. y may be x. The last mandatory field is epsilon. */
 typedef struct ksort_rms_norm_args {
     size_t struct_size;
-    float *x;                /* [n_rows, n]; only read where added is NULL */
-    const float *added;      /* [n_rows, n], or NULL */
+    float *x;                /* [n_rows, heads, n]; only read where added is NULL */
     const float *gain;       /* [n] */
-    float *y;                /* [n_rows, n] */
-    size_t x_row_stride;     /* floats between rows, at least n; the other strides likewise */
-    size_t added_row_stride;
+    float *y;                /* [n_rows, heads, n] */
+    size_t x_row_stride;     /* floats between rows, at least heads * n; the other strides likewise */
     size_t y_row_stride;
     uint32_t n;
     uint32_t n_rows;
     float epsilon;
+    uint32_t heads;          /* 0: 1 */
+    const float *added;      /* [n_rows, heads, n], or NULL */
+    size_t added_row_stride;
+    float added_scale;       /* 0: 1. The product is rounded before it is added */
 } ksort_rms_norm_args;
 
 /* Returns KSORT_OK, _ARGUMENT, _STRUCT_SIZE, _KERNELS. */
 ksort_status ksort_rms_norm(const ksort_rms_norm_args *args, uint32_t ith, uint32_t nth);
 
-/* y = silu(gate) * up, silu(g) = g / (1 + exp(-g)) (SwiGLU, arXiv 2002.05202), for each row. y may be gate or up. */
+/* y = silu(gate) * up, silu(g) = g / (1 + exp(-g)) (SwiGLU, arXiv 2002.05202), for each row. y may be gate or up.
+ * All fields are mandatory: the last is n_rows. */
 typedef struct ksort_swiglu_args {
     size_t struct_size;
     const float *gate;   /* [n_rows, n] */
@@ -75,7 +80,8 @@ ksort_status ksort_swiglu(const ksort_swiglu_args *args, uint32_t ith, uint32_t 
 /* Threads. A pool may be used by one thread at a time. */
 typedef struct ksort_pool ksort_pool;
 
-/* Starts n_threads - 1 threads (the caller is the last one), n_threads at most 65535. Returns KSORT_OK, _ARGUMENT, _THREADS. */
+/* Starts n_threads - 1 threads (the caller is the last one), n_threads at most 65535.
+ * Returns KSORT_OK, _ARGUMENT, _THREADS. */
 ksort_status ksort_pool_create(uint32_t n_threads, ksort_pool **pool);
 
 /* Ends the threads and frees the pool. NULL is allowed. */

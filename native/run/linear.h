@@ -5,13 +5,13 @@
 #include "run_kernels.h"
 
 struct linear_job {
-    const ksort_linear_args *args;
+    ksort_linear_args args;
     const struct run_kernels *kernels;
     uint32_t n_long; /* parts that come first and are longer than the others; 0: all parts are alike */
 };
 
-/* Checks args. Returns KSORT_OK, _ARGUMENT, _STRUCT_SIZE, _TYPE, _KERNELS. */
-ksort_status ksort_linear_prepare(const ksort_linear_args *args, struct linear_job *job);
+/* Reads a caller's arguments and checks them. Returns KSORT_OK, _ARGUMENT, _STRUCT_SIZE, _TYPE, _KERNELS. */
+ksort_status ksort_linear_prepare(const ksort_linear_args *from, struct linear_job *job);
 
 /* Outputs of part ith of nth. */
 void ksort_linear_run(const struct linear_job *job, uint32_t ith, uint32_t nth);

@@ -73,7 +73,7 @@ ksort_status ksort_pool_rms_norm(ksort_pool *pool, const ksort_rms_norm_args *ar
 {
     struct rms_norm_job job;
     ksort_status status = pool ? ksort_rms_norm_prepare(args, &job) : KSORT_ERR_ARGUMENT;
-    return status == KSORT_OK ? run_rows(pool, rms_norm_part, &job, args->n_rows) : status;
+    return status == KSORT_OK ? run_rows(pool, rms_norm_part, &job, job.args.n_rows) : status;
 }
 
 static ksort_status swiglu_part(const void *context, uint32_t ith, uint32_t nth)
@@ -86,5 +86,5 @@ ksort_status ksort_pool_swiglu(ksort_pool *pool, const ksort_swiglu_args *args)
 {
     struct swiglu_job job;
     ksort_status status = pool ? ksort_swiglu_prepare(args, &job) : KSORT_ERR_ARGUMENT;
-    return status == KSORT_OK ? run_rows(pool, swiglu_part, &job, args->n_rows) : status;
+    return status == KSORT_OK ? run_rows(pool, swiglu_part, &job, job.args.n_rows) : status;
 }

@@ -5,18 +5,18 @@
 #include "run_kernels.h"
 
 struct rms_norm_job {
-    const ksort_rms_norm_args *args;
+    ksort_rms_norm_args args; /* heads and added_scale are not 0 */
     const struct run_kernels *kernels;
 };
 
 struct swiglu_job {
-    const ksort_swiglu_args *args;
+    ksort_swiglu_args args;
     const struct run_kernels *kernels;
 };
 
-/* Check args. Return KSORT_OK, _ARGUMENT, _STRUCT_SIZE, _KERNELS. */
-ksort_status ksort_rms_norm_prepare(const ksort_rms_norm_args *args, struct rms_norm_job *job);
-ksort_status ksort_swiglu_prepare(const ksort_swiglu_args *args, struct swiglu_job *job);
+/* Read a caller's arguments and check them. Return KSORT_OK, _ARGUMENT, _STRUCT_SIZE, _KERNELS. */
+ksort_status ksort_rms_norm_prepare(const ksort_rms_norm_args *from, struct rms_norm_job *job);
+ksort_status ksort_swiglu_prepare(const ksort_swiglu_args *from, struct swiglu_job *job);
 
 /* Rows of part ith of nth. */
 void ksort_rms_norm_run(const struct rms_norm_job *job, uint32_t ith, uint32_t nth);

@@ -25,8 +25,9 @@ struct linear_block {
 
 typedef void linear_function(const struct linear_block *block);
 
-/* One row each, see ksort_rms_norm and ksort_swiglu; n is at least 1. */
-typedef void rms_norm_function(float *x, const float *added, const float *gain, uint32_t n, float epsilon, float *y);
+/* One vector or row each, see ksort_rms_norm and ksort_swiglu; n is at least 1. */
+typedef void rms_norm_function(float *x, const float *added, float added_scale, const float *gain, uint32_t n,
+                               float epsilon, float *y);
 typedef void swiglu_function(const float *gate, const float *up, uint32_t n, float *y);
 
 struct run_kernels {

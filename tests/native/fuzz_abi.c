@@ -20,8 +20,14 @@ static _Alignas(64) unsigned char workspace[WORKSPACE_BYTES + 64];
 static float x[N_FLOATS], out[N_FLOATS], out_before[N_FLOATS];
 static uint16_t partner[N_TABLE], frequency[N_TABLE];
 static int8_t sign[N_TABLE];
-static uint16_t sequence[N_TABLE];
+static uint16_t permutation[N_TABLE];
 static float shift[N_TABLE], scale[N_TABLE], feedback[N_FEEDBACK];
+
+/* Structs as the calls see them: their sizes are mutated too, and a struct may be followed by bytes that the library does
+ * not know. It reads none beyond ROOM_BYTES. */
+enum { ROOM_BYTES = 4096 };
+enum { ROOM_ARGS, ROOM_K, ROOM_V, ROOM_ROPE, ROOM_K_TRANSFORM, ROOM_V_TRANSFORM, N_ROOMS };
+static _Alignas(64) unsigned char rooms[N_ROOMS][ROOM_BYTES];
 
 /* The input, read from the front; zeros once it is used up. */
 typedef struct input {
@@ -51,6 +57,12 @@ static void *mutated_pointer(input *in, void *valid) {
     uint8_t choice = next_byte(in);
     if (choice < 248) return valid;
     return choice < 252 ? NULL : (char *)valid + 4;
+}
+
+/* A copy of the struct with zeros behind it, or now and then ones; NULL for NULL. */
+static void *in_room(input *in, int room, const void *bytes, size_t n_bytes) {
+    memset(rooms[room], next_byte(in) > 224, ROOM_BYTES);
+    return bytes ? memcpy(rooms[room], bytes, n_bytes) : NULL;
 }
 
 static ksort_format random_fuzz_format(input *in, uint32_t n_types) {
@@ -117,37 +129,42 @@ static ksort_transform random_transform(input *in, rng *r, uint32_t head_dim) {
     if (choice > 250) shift[place] = INFINITY;
     if (choice < 5) scale[place] = choice < 3 ? 0.0f : NAN;
     if (choice == 128) feedback[place] = NAN;
-    for (uint32_t i = 0; i < N_TABLE; i++) sequence[i] = (uint16_t)(head_dim ? (i + 3) % head_dim : 0);
-    sequence[place] = (uint16_t)mutated(in, sequence[place]);
-    ksort_transform transform = {mutated(in, sizeof transform), next_byte(in) & 1 ? shift : NULL,
-                                 next_byte(in) & 1 ? scale : NULL, next_byte(in) & 1 ? feedback : NULL,
-                                 (uint32_t)mutated(in, next_byte(in) & 1), next_byte(in) & 1 ? sequence : NULL};
+    for (uint32_t i = 0; i < N_TABLE; i++) permutation[i] = (uint16_t)(head_dim ? (i + 3) % head_dim : 0);
+    permutation[place] = (uint16_t)mutated(in, permutation[place]);
+    ksort_transform transform = {mutated(in, sizeof transform), (uint32_t)mutated(in, next_byte(in) & 1),
+                                 next_byte(in) & 1 ? shift : NULL, next_byte(in) & 1 ? scale : NULL,
+                                 next_byte(in) & 1 ? feedback : NULL, next_byte(in) & 1 ? permutation : NULL};
     return transform;
 }
 
 static void fuzz_pack(input *in, const ksort_cache *c, const ksort_rope *rope, const ksort_transform *transform) {
     uint32_t row = c->n_kv_heads * c->format.head_dim;
-    ksort_pack_args args = {mutated(in, sizeof args), c, rope, mutated_pointer(in, x), mutated(in, row),
-                            mutated(in, next_byte(in) % 120), transform,
-                            (uint32_t)mutated(in, 1 + next_byte(in) % 8)};
+    const ksort_cache *cache = in_room(in, ROOM_K, c, sizeof *c);
+    ksort_pack_args args = {mutated(in, sizeof args), cache, mutated_pointer(in, x), mutated(in, row),
+                            mutated(in, next_byte(in) % 120), (uint32_t)mutated(in, 1 + next_byte(in) % 8),
+                            in_room(in, ROOM_ROPE, rope, sizeof *rope),
+                            in_room(in, ROOM_K_TRANSFORM, transform, sizeof *transform)};
     if (!transform_fits(transform, c) || !cache_fits(c, args.first_slot, args.n_tokens) ||
         !rope_fits(rope, c, args.n_tokens) ||
         !rows_fit(args.n_tokens, args.x_token_stride, (wide)c->n_kv_heads * c->format.head_dim, N_FLOATS - 1))
         return;
     memcpy(before, k_memory, sizeof before);
     uint32_t nth = 1 + next_byte(in) % 3, ith = (uint32_t)mutated(in, 0);
-    if (ksort_pack(&args, ith, nth) != KSORT_OK) CHECK(memcmp(before, k_memory, sizeof before) == 0);
+    if (ksort_pack(in_room(in, ROOM_ARGS, &args, sizeof args), ith, nth) != KSORT_OK) CHECK(memcmp(before, k_memory, sizeof before) == 0);
     memcpy(before, k_memory, sizeof before);
     if ((wide)args.n_tokens * c->n_kv_heads * c->format.head_dim <= N_FLOATS)
-        ksort_unpack(c, args.first_slot, args.n_tokens, out);
+        ksort_unpack(cache, args.first_slot, args.n_tokens, out);
     CHECK(memcmp(before, k_memory, sizeof before) == 0);
 }
 
 static void fuzz_attend(input *in, const ksort_cache *k, const ksort_cache *v, const ksort_rope *rope,
                         const ksort_transform *k_transform, const ksort_transform *v_transform) {
     uint32_t n_heads = k->n_kv_heads * (1u + next_byte(in) % 3u), row = n_heads * k->format.head_dim;
-    ksort_attend_args args = {.struct_size = mutated(in, sizeof args), .k = k, .v = v, .rope = rope,
-                              .k_transform = k_transform, .v_transform = v_transform,
+    ksort_attend_args args = {.struct_size = mutated(in, sizeof args),
+                              .k = in_room(in, ROOM_K, k, sizeof *k), .v = in_room(in, ROOM_V, v, sizeof *v),
+                              .rope = in_room(in, ROOM_ROPE, rope, sizeof *rope),
+                              .k_transform = in_room(in, ROOM_K_TRANSFORM, k_transform, sizeof *k_transform),
+                              .v_transform = in_room(in, ROOM_V_TRANSFORM, v_transform, sizeof *v_transform),
                               .q = mutated_pointer(in, x), .q_token_stride = mutated(in, row),
                               .out = mutated_pointer(in, out), .out_token_stride = mutated(in, row),
                               .first_slot = mutated(in, next_byte(in) % 120),
@@ -156,9 +173,11 @@ static void fuzz_attend(input *in, const ksort_cache *k, const ksort_cache *v, c
                               .query_type = (uint32_t)mutated(in, next_byte(in) % 2 ? KSORT_BFP16 : KSORT_F32),
                               .scale = 0.25f};
     uint32_t nth = 1 + next_byte(in) % 3;
-    ksort_attend_workspace_bytes(&args, nth, &args.workspace_bytes);
+    const ksort_attend_args *given = in_room(in, ROOM_ARGS, &args, sizeof args);
+    ksort_attend_workspace_bytes(given, nth, &args.workspace_bytes);
     args.workspace = mutated_pointer(in, workspace);
     args.workspace_bytes = mutated(in, args.workspace_bytes);
+    given = in_room(in, ROOM_ARGS, &args, sizeof args);
     wide q_row = (wide)args.n_heads * k->format.head_dim;
     if (!transform_fits(k_transform, k) || !transform_fits(v_transform, v) || args.workspace_bytes > WORKSPACE_BYTES ||
         !cache_fits(k, args.first_slot, args.n_queries) ||
@@ -168,9 +187,9 @@ static void fuzz_attend(input *in, const ksort_cache *k, const ksort_cache *v, c
         return;
     memcpy(out_before, out, sizeof out);
     ksort_status status = KSORT_OK;
-    for (uint32_t ith = 0; ith < nth && status == KSORT_OK; ith++) status = ksort_attend(&args, ith, nth);
+    for (uint32_t ith = 0; ith < nth && status == KSORT_OK; ith++) status = ksort_attend(given, ith, nth);
     if (status != KSORT_OK && status != KSORT_ERR_NON_FINITE) CHECK(memcmp(out_before, out, sizeof out) == 0);
-    for (uint32_t ith = 0; ith < nth && status == KSORT_OK; ith++) status = ksort_attend_merge(&args, ith, nth);
+    for (uint32_t ith = 0; ith < nth && status == KSORT_OK; ith++) status = ksort_attend_merge(given, ith, nth);
 }
 
 /* What the calls around attention share: accepted arguments run, refused ones leave `out` as it was. */
@@ -180,36 +199,38 @@ static void check_refused(ksort_status status) {
 
 static void fuzz_linear(input *in) {
     size_t n_out = 1u + next_byte(in) % 40u, n_in = 1u + next_byte(in) % 60u;
-    ksort_linear_args args = {mutated(in, sizeof args), mutated_pointer(in, feedback), next_byte(in) & 1 ? shift : NULL,
-                              mutated_pointer(in, x), mutated_pointer(in, out), mutated(in, n_in), mutated(in, n_out),
-                              mutated(in, n_out), mutated(in, n_in), (uint32_t)mutated(in, 1u + next_byte(in) % 30u),
-                              (uint32_t)mutated(in, next_byte(in) % 3u)};
+    ksort_linear_args args = {mutated(in, sizeof args), mutated_pointer(in, feedback), mutated_pointer(in, x),
+                              mutated_pointer(in, out), mutated(in, n_in), mutated(in, n_out), mutated(in, n_out),
+                              mutated(in, n_in), (uint32_t)mutated(in, 1u + next_byte(in) % 30u),
+                              (uint32_t)mutated(in, next_byte(in) % 3u), next_byte(in) & 1 ? shift : NULL};
     if ((wide)args.n_out * args.n_in > N_FEEDBACK - 1 || args.n_out > N_TABLE ||
         !rows_fit(args.n_rows, args.x_row_stride, args.n_in, N_FLOATS - 1) ||
         !rows_fit(args.n_rows, args.y_row_stride, args.n_out, N_FLOATS - 1))
         return;
     memcpy(out_before, out, sizeof out);
-    check_refused(ksort_linear(&args, (uint32_t)mutated(in, 0), 1u + next_byte(in) % 3u));
+    const ksort_linear_args *given = in_room(in, ROOM_ARGS, &args, sizeof args);
+    check_refused(ksort_linear(given, (uint32_t)mutated(in, 0), 1u + next_byte(in) % 3u));
 }
 
 static void fuzz_rows(input *in) {
     uint32_t n = 1u + next_byte(in) % 200u, n_rows = (uint32_t)mutated(in, 1u + next_byte(in) % 9u);
     uint32_t nth = 1u + next_byte(in) % 3u, ith = (uint32_t)mutated(in, 0);
-    ksort_rms_norm_args norm = {mutated(in, sizeof norm), mutated_pointer(in, out),
-                                next_byte(in) & 1 ? mutated_pointer(in, x) : NULL, mutated_pointer(in, feedback),
-                                mutated_pointer(in, out), mutated(in, n), mutated(in, n), mutated(in, n),
-                                (uint32_t)mutated(in, n), n_rows, 1e-5f};
+    ksort_rms_norm_args norm = {mutated(in, sizeof norm), mutated_pointer(in, out), mutated_pointer(in, feedback),
+                                mutated_pointer(in, out), mutated(in, n), mutated(in, n), (uint32_t)mutated(in, n),
+                                n_rows, 1e-5f, (uint32_t)mutated(in, next_byte(in) % 4u),
+                                next_byte(in) & 1 ? mutated_pointer(in, x) : NULL, mutated(in, n), 0.5f};
     memcpy(out_before, out, sizeof out);
-    if (norm.n < N_FEEDBACK && rows_fit(n_rows, norm.x_row_stride, norm.n, N_FLOATS - 1) &&
-        rows_fit(n_rows, norm.added_row_stride, norm.n, N_FLOATS - 1) &&
-        rows_fit(n_rows, norm.y_row_stride, norm.n, N_FLOATS - 1))
-        check_refused(ksort_rms_norm(&norm, ith, nth));
+    wide row = (wide)norm.n * (norm.heads ? norm.heads : 1);
+    if (norm.n < N_FEEDBACK && rows_fit(n_rows, norm.x_row_stride, row, N_FLOATS - 1) &&
+        rows_fit(n_rows, norm.added_row_stride, row, N_FLOATS - 1) &&
+        rows_fit(n_rows, norm.y_row_stride, row, N_FLOATS - 1))
+        check_refused(ksort_rms_norm(in_room(in, ROOM_ARGS, &norm, sizeof norm), ith, nth));
     ksort_swiglu_args swiglu = {mutated(in, sizeof swiglu), mutated_pointer(in, x), mutated_pointer(in, x),
                                 mutated_pointer(in, out), mutated(in, n), mutated(in, n), (uint32_t)mutated(in, n), n_rows};
     memcpy(out_before, out, sizeof out);
     if (rows_fit(n_rows, swiglu.row_stride, swiglu.n, N_FLOATS - 1) &&
         rows_fit(n_rows, swiglu.y_row_stride, swiglu.n, N_FLOATS - 1))
-        check_refused(ksort_swiglu(&swiglu, ith, nth));
+        check_refused(ksort_swiglu(in_room(in, ROOM_ARGS, &swiglu, sizeof swiglu), ith, nth));
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {

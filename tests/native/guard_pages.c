@@ -20,8 +20,8 @@ static void pack_all(rng *r, const problem *p, const ksort_cache *cache, const k
         ksort_rope at_start = rope ? *rope : (ksort_rope){0};
         at_start.cos += (size_t)start * at_start.n_frequencies;
         at_start.sin += (size_t)start * at_start.n_frequencies;
-        ksort_pack_args args = {sizeof args, cache, rope ? &at_start : NULL, x.data, stride, start, transform,
-                                end - start};
+        ksort_pack_args args = {sizeof args, cache, x.data, stride, start, end - start, rope ? &at_start : NULL,
+                                transform};
         for (uint32_t ith = 0; ith < p->nth; ith++) CHECK_OK(ksort_pack(&args, ith, p->nth));
         guarded back = guarded_new((end - start) * row * sizeof(float), p->at_end);
         CHECK_OK(ksort_unpack(cache, start, end - start, back.data));
@@ -77,8 +77,8 @@ static void multiply(rng *r) {
     guarded x = guarded_new(strided_floats(n_rows, x_stride, n_in) * sizeof(float), at_end);
     guarded y = guarded_new(strided_floats(n_rows, y_stride, n_out) * sizeof(float), at_end);
     rng_floats(r, x.data, strided_floats(n_rows, x_stride, n_in));
-    ksort_linear_args args = {sizeof args, weights.data, bias.data, x.data, y.data, x_stride, y_stride,
-                              n_out, n_in, n_rows, type};
+    ksort_linear_args args = {sizeof args, weights.data, x.data, y.data, x_stride, y_stride,
+                              n_out, n_in, n_rows, type, bias.data};
     for (uint32_t ith = 0; ith < nth; ith++) CHECK_OK(ksort_linear(&args, ith, nth));
     guarded_free(y);
     guarded_free(x);
@@ -87,18 +87,19 @@ static void multiply(rng *r) {
 }
 
 static void normalize_and_gate(rng *r) {
-    uint32_t n_rows = rng_between(r, 1, 9), n = rng_between(r, 1, 300), nth = rng_between(r, 1, 4);
+    uint32_t n_rows = rng_between(r, 1, 9), heads = rng_next(r) >> 63 ? 1 : rng_between(r, 1, 5);
+    uint32_t n = rng_between(r, 1, 300), nth = rng_between(r, 1, 4);
     int at_end = (int)rng_between(r, 0, 1);
-    size_t stride = n + rng_between(r, 0, 5), n_floats = strided_floats(n_rows, stride, n);
+    size_t stride = heads * n + rng_between(r, 0, 5), n_floats = strided_floats(n_rows, stride, heads * n);
     guarded x = guarded_new(n_floats * sizeof(float), at_end), added = guarded_new(n_floats * sizeof(float), at_end);
     guarded y = guarded_new(n_floats * sizeof(float), at_end), gain = guarded_new(n * sizeof(float), at_end);
     rng_floats(r, x.data, n_floats);
     rng_floats(r, added.data, n_floats);
     rng_floats(r, gain.data, n);
-    ksort_rms_norm_args norm = {sizeof norm, x.data, added.data, gain.data, y.data, stride, stride, stride, n, n_rows,
-                                1e-5f};
+    ksort_rms_norm_args norm = {sizeof norm, x.data, gain.data, y.data, stride, stride, n, n_rows, 1e-5f, heads,
+                                added.data, stride, 0.5f};
     for (uint32_t ith = 0; ith < nth; ith++) CHECK_OK(ksort_rms_norm(&norm, ith, nth));
-    ksort_swiglu_args swiglu = {sizeof swiglu, x.data, added.data, y.data, stride, stride, n, n_rows};
+    ksort_swiglu_args swiglu = {sizeof swiglu, x.data, added.data, y.data, stride, stride, heads * n, n_rows};
     for (uint32_t ith = 0; ith < nth; ith++) CHECK_OK(ksort_swiglu(&swiglu, ith, nth));
     guarded_free(gain);
     guarded_free(y);

@@ -55,8 +55,8 @@ static void compare_linear(rng *r) {
     for (size_t i = 0; i < n_out * n_in; i++) set_weight(r, type, is_largest, weights.data, i);
     rng_floats(r, bias.data, n_out);
     fill(r, rng_between(r, RANDOM, N_KINDS - 1), 0x1.FFFFFEp50f, x.data, n_x); /* 2100 products fit */
-    ksort_linear_args args = {sizeof args, weights.data, bias.data, x.data, y.data, x_stride, y_stride,
-                              n_out, n_in, n_rows, type};
+    ksort_linear_args args = {sizeof args, weights.data, x.data, y.data, x_stride, y_stride,
+                              n_out, n_in, n_rows, type, bias.data};
     float *expected = malloc(n_y * sizeof *expected);
     CHECK(expected);
     for (int i = -1; i < N_LEVELS; i++) {
@@ -74,37 +74,65 @@ static void compare_linear(rng *r) {
     guarded_free(weights);
 }
 
-/* x [n_rows, n] += added is one addition, the same at every level. y is off by what a sum of n squares may be, half of
- * that after the square root, and by 5 roundings. */
+/* What rounds a sum and a product each on its own: x += scale * added, the same at every level. */
+static void add_scaled(float *x, const float *added, float scale, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        volatile float product = scale * added[i];
+        x[i] += product;
+    }
+}
+
+/* x [n_rows, heads, n] after it, by args with one head a call and added_scale, where 1 is meant, left 0. */
+static void normalize_heads_alone(ksort_rms_norm_args args) {
+    ksort_rms_norm_args one = args;
+    one.heads = 0;
+    if (one.added_scale == 1.0f) one.added_scale = 0.0f;
+    for (uint32_t head = 0; head < args.heads; head++) {
+        size_t at = (size_t)head * args.n;
+        one.x = args.x + at, one.y = args.y + at, one.added = args.added ? args.added + at : NULL;
+        CHECK_OK(ksort_rms_norm(&one, 0, 1));
+    }
+}
+
+/* y is off by what a sum of n squares may be, half of that after the square root, and by 5 roundings. Heads in one row
+ * have the bits of heads alone. */
 static void compare_rms_norm(rng *r) {
     uint32_t n = rng_between(r, 1, 300), n_rows = rng_between(r, 1, 5), nth = rng_between(r, 1, 4);
-    size_t stride = n + rng_between(r, 0, 5), n_x = strided_floats(n_rows, stride, n);
+    uint32_t heads = rng_next(r) >> 63 ? 1 : rng_between(r, 2, 5);
+    size_t row = (size_t)heads * n, stride = row + rng_between(r, 0, 5), n_x = strided_floats(n_rows, stride, row);
     int at_end = (int)rng_between(r, 0, 1), has_added = (int)rng_between(r, 0, 1);
     guarded x = guarded_new(n_x * sizeof(float), at_end), added = guarded_new(n_x * sizeof(float), at_end);
     guarded gain = guarded_new(n * sizeof(float), at_end), y = guarded_new(n_x * sizeof(float), at_end);
-    float *before = malloc(n_x * sizeof *before), *sum = malloc(n_x * sizeof *sum);
-    float *expected = malloc(n_x * sizeof *expected);
-    CHECK(before && sum && expected);
+    float *before = malloc(n_x * sizeof *before), *sum = malloc(n_x * sizeof *sum), *alone = malloc(n_x * sizeof *alone);
+    float *expected = malloc(n_x * sizeof *expected), scale = rng_next(r) >> 63 ? 1.0f : 0.22f;
+    CHECK(before && sum && alone && expected);
     fill(r, rng_between(r, RANDOM, N_KINDS - 1), 0x1.FFFFFEp50f, before, n_x);
     rng_floats(r, added.data, n_x);
     rng_floats(r, gain.data, n);
-    ksort_rms_norm_args args = {sizeof args, x.data, has_added ? added.data : NULL, gain.data, y.data,
-                                stride, stride, stride, n, n_rows, 1e-5f};
+    ksort_rms_norm_args args = {sizeof args, x.data, gain.data, y.data, stride, stride, n, n_rows, 1e-5f, heads,
+                                has_added ? added.data : NULL, stride, scale};
+    memcpy(sum, before, n_x * sizeof *before);
+    for (size_t i = 0; has_added && i < n_rows; i++)
+        add_scaled(sum + i * stride, (float *)added.data + i * stride, scale, row);
     for (int i = -1; i < N_LEVELS; i++) {
         if (ksort_select_kernels(i < 0 ? "scalar" : LEVELS[i]) != KSORT_OK) continue;
         memcpy(x.data, before, n_x * sizeof *before);
         memset(y.data, 0xFF, n_x * sizeof(float));
+        normalize_heads_alone(args);
+        memcpy(alone, y.data, n_x * sizeof *alone);
+        memcpy(x.data, before, n_x * sizeof *before);
+        memset(y.data, 0xFF, n_x * sizeof(float));
         for (uint32_t ith = 0; ith < nth; ith++) CHECK_OK(ksort_rms_norm(&args, ith, nth));
-        if (i < 0) memcpy(sum, x.data, n_x * sizeof *sum), memcpy(expected, y.data, n_x * sizeof *expected);
-        CHECK(memcmp(x.data, sum, n_x * sizeof *sum) == 0);
+        CHECK(memcmp(x.data, sum, n_x * sizeof *sum) == 0 && memcmp(y.data, alone, n_x * sizeof *alone) == 0);
+        if (i < 0) memcpy(expected, y.data, n_x * sizeof *expected);
         for (size_t at = 0; at < n_x; at++)
-            if (at % stride < n) {
+            if (at % stride < row) {
                 double limit = 2 * (n / 2 + 5) * HALF_ULP * fabs((double)expected[at]) + 0x1p-148;
                 CHECK(fabs((double)((float *)y.data)[at] - expected[at]) <= limit);
             }
-        check_rows(y.data, expected, n_rows, stride, n, INFINITY);
+        check_rows(y.data, expected, n_rows, stride, row, INFINITY);
     }
-    free(before), free(sum), free(expected);
+    free(before), free(sum), free(alone), free(expected);
     guarded_free(y);
     guarded_free(gain);
     guarded_free(added);

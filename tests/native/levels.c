@@ -38,7 +38,7 @@ static void compare_pack(rng *r, const problem *p, const ksort_cache *cache, con
     size_t cache_bytes = (p->n_slots + KSORT_TILE_TOKENS - 1) / KSORT_TILE_TOKENS * cache->tile_stride;
     guarded x = guarded_new(n * sizeof(float), p->at_end);
     fill(r, kind, largest, x.data, n);
-    ksort_pack_args args = {sizeof args, cache, rope, x.data, stride, 0, transform, (uint32_t)p->n_slots};
+    ksort_pack_args args = {sizeof args, cache, x.data, stride, 0, (uint32_t)p->n_slots, rope, transform};
     unsigned char *expected = malloc(cache_bytes);
     CHECK(expected);
     CHECK_OK(ksort_select_kernels("scalar"));

@@ -1,5 +1,5 @@
-/* Steps and products of random sizes on pools of 1 to 4 threads, each compared with the same parts run one after another. Built with
- * ThreadSanitizer it finds unsynchronized hand-overs; without, lost parts and lost wake-ups.
+/* Steps and products of random sizes on pools of 1 to 4 threads, each compared with the same parts run one after another.
+ * Built with ThreadSanitizer it finds unsynchronized hand-overs; without, lost parts and lost wake-ups.
  * usage: pool_race STEPS */
 #include <unistd.h>
 
@@ -40,8 +40,8 @@ static layer *new_layer(void) {
     l->rope = (ksort_rope){sizeof l->rope, HEAD_DIM / 2, l->partner, l->sign, l->frequency, NULL, NULL};
     for (int i = 0; i < N_KV_HEADS * HEAD_DIM * HEAD_DIM; i++) l->feedback[i] = 0.01f * (float)(i % 7 - 3);
     l->transform = (ksort_transform){.struct_size = sizeof l->transform, .feedback = l->feedback, .rotate = 1};
-    l->pack_k = (ksort_pack_args){sizeof l->pack_k, &l->k, &l->rope, NULL, ROW, 0, &l->transform, 0};
-    l->pack_v = (ksort_pack_args){sizeof l->pack_v, &l->v, NULL, NULL, ROW, 0, &l->transform, 0};
+    l->pack_k = (ksort_pack_args){sizeof l->pack_k, &l->k, NULL, ROW, 0, 0, &l->rope, &l->transform};
+    l->pack_v = (ksort_pack_args){sizeof l->pack_v, &l->v, NULL, ROW, 0, 0, NULL, &l->transform};
     l->attend = (ksort_attend_args){.struct_size = sizeof l->attend, .k = &l->k, .v = &l->v, .rope = &l->rope,
                                     .k_transform = &l->transform, .v_transform = &l->transform,
                                     .q_token_stride = ROW, .out = l->out, .out_token_stride = OUT_ROW,
@@ -55,10 +55,10 @@ static void free_layer(layer *l) {
     free(l);
 }
 
-/* Points the layer's structs to a step's tokens: qkv rows are [q | k | v], waves [n_tokens, HEAD_DIM / 2]. */
-static void aim(layer *l, const float *qkv, const float *waves, size_t first_slot, uint32_t n_tokens) {
-    l->rope.cos = waves;
-    l->rope.sin = waves;
+/* Points the layer's structs to a step's tokens: qkv rows are [q | k | v], rope_table [n_tokens, HEAD_DIM / 2]. */
+static void aim(layer *l, const float *qkv, const float *rope_table, size_t first_slot, uint32_t n_tokens) {
+    l->rope.cos = rope_table;
+    l->rope.sin = rope_table;
     l->attend.q = qkv;
     l->pack_k.x = qkv + N_HEADS * HEAD_DIM;
     l->pack_v.x = l->pack_k.x + N_KV_HEADS * HEAD_DIM;
@@ -87,7 +87,7 @@ static void multiply(rng *r, ksort_pool *pool) {
     size_t n_out = rng_between(r, 1, MAX_OUT);
     rng_floats(r, weights, n_out * N_IN);
     rng_floats(r, x, N_IN);
-    ksort_linear_args args = {sizeof args, weights, NULL, x, pooled, N_IN, MAX_OUT, n_out, N_IN, 1, KSORT_F32};
+    ksort_linear_args args = {sizeof args, weights, x, pooled, N_IN, MAX_OUT, n_out, N_IN, 1, KSORT_F32, NULL};
     CHECK_OK(ksort_pool_linear(pool, &args));
     args.y = plain;
     CHECK_OK(ksort_linear(&args, 0, 1));
@@ -95,7 +95,7 @@ static void multiply(rng *r, ksort_pool *pool) {
 }
 
 static void run_steps(rng *r, uint32_t n_threads, long n_steps) {
-    static float qkv[MAX_STEP * ROW], waves[MAX_STEP * HEAD_DIM / 2];
+    static float qkv[MAX_STEP * ROW], rope_table[MAX_STEP * HEAD_DIM / 2];
     ksort_pool *pool = NULL;
     CHECK_OK(ksort_pool_create(n_threads, &pool));
     layer *pooled = new_layer(), *plain = new_layer();
@@ -105,10 +105,10 @@ static void run_steps(rng *r, uint32_t n_threads, long n_steps) {
         if (slot + n_tokens > N_SLOTS) slot = 0;
         if (step % 50 == 49) usleep(2000); /* long enough for waiting threads to stop spinning and sleep */
         rng_floats(r, qkv, (size_t)n_tokens * ROW);
-        rng_floats(r, waves, (size_t)n_tokens * HEAD_DIM / 2);
+        rng_floats(r, rope_table, (size_t)n_tokens * HEAD_DIM / 2);
         layer *layers[] = {pooled, plain};
         for (int i = 0; i < 2; i++) {
-            aim(layers[i], qkv, waves, slot, n_tokens);
+            aim(layers[i], qkv, rope_table, slot, n_tokens);
             give_workspace(layers[i], n_threads);
         }
         multiply(r, pool);

@@ -79,12 +79,12 @@ static inline guarded_rope random_rope(rng *r, const problem *p) {
     size_t n = (size_t)p->n_kv_heads * p->head_dim;
     uint32_t n_pairs = p->n_rot ? p->n_rot / 2 : 1;
     uint32_t n_frequencies = n_pairs + (rng_next(r) >> 63 ? 0 : rng_between(r, 0, 150));
-    size_t n_waves = p->n_slots * n_frequencies;
+    size_t n_entries = p->n_slots * n_frequencies;
     g.partner = guarded_new(n * sizeof(uint16_t), p->at_end);
     g.sign = guarded_new(n, p->at_end);
     g.frequency = guarded_new(n * sizeof(uint16_t), p->at_end);
-    g.cos = guarded_new(n_waves * sizeof(float), p->at_end);
-    g.sin = guarded_new(n_waves * sizeof(float), p->at_end);
+    g.cos = guarded_new(n_entries * sizeof(float), p->at_end);
+    g.sin = guarded_new(n_entries * sizeof(float), p->at_end);
     fill_rope_tables(g.partner.data, g.sign.data, g.frequency.data, p->n_kv_heads, p->head_dim, p->n_rot);
     for (size_t i = 0; i < n; i++)
         if (((int8_t *)g.sign.data)[i] == 0) ((uint16_t *)g.frequency.data)[i] = UINT16_MAX; /* any: not to be used */
@@ -93,8 +93,8 @@ static inline guarded_rope random_rope(rng *r, const problem *p) {
         order_head(r, (uint16_t *)g.partner.data + at, (int8_t *)g.sign.data + at, (uint16_t *)g.frequency.data + at,
                    p->head_dim);
     }
-    rng_floats(r, g.cos.data, n_waves);
-    rng_floats(r, g.sin.data, n_waves);
+    rng_floats(r, g.cos.data, n_entries);
+    rng_floats(r, g.sin.data, n_entries);
     g.rope = (ksort_rope){sizeof(ksort_rope), n_frequencies, g.partner.data, g.sign.data,
                           g.frequency.data,   g.cos.data,    g.sin.data};
     return g;
@@ -109,7 +109,7 @@ static inline void free_rope(guarded_rope g) {
 }
 
 typedef struct guarded_transform {
-    guarded shift, scale, sequence, feedback;
+    guarded shift, scale, permutation, feedback;
     ksort_transform transform;
 } guarded_transform;
 
@@ -119,24 +119,25 @@ static inline guarded_transform random_transform(rng *r, const problem *p) {
     size_t d = p->head_dim, n = p->n_kv_heads * d;
     g.shift = guarded_new(n * sizeof(float), p->at_end);
     g.scale = guarded_new(n * sizeof(float), p->at_end);
-    g.sequence = guarded_new(n * sizeof(uint16_t), p->at_end);
+    g.permutation = guarded_new(n * sizeof(uint16_t), p->at_end);
     g.feedback = guarded_new(n * d * sizeof(float), p->at_end);
     float *scale = g.scale.data, *feedback = g.feedback.data;
     rng_floats(r, g.shift.data, n);
     for (size_t i = 0; i < n; i++) scale[i] = 1.0f + 0.5f * rng_float(r);
-    uint16_t *sequence = g.sequence.data, turn = (uint16_t)rng_between(r, 0, p->head_dim - 1);
-    for (size_t i = 0; i < n; i++) sequence[i] = (uint16_t)((i + turn) % d);
+    uint16_t *permutation = g.permutation.data, turn = (uint16_t)rng_between(r, 0, p->head_dim - 1);
+    for (size_t i = 0; i < n; i++) permutation[i] = (uint16_t)((i + turn) % d);
     for (size_t i = 0; i < n * d; i++) feedback[i] = 0.1f * rng_float(r);
-    g.transform = (ksort_transform){sizeof(ksort_transform), g.shift.data, g.scale.data,
-                                    rng_next(r) >> 63 ? feedback : NULL, rng_between(r, 0, 1),
-                                    rng_next(r) >> 63 ? sequence : NULL};
+    g.transform = (ksort_transform){.struct_size = sizeof(ksort_transform), .shift = g.shift.data, .scale = g.scale.data};
+    if (rng_next(r) >> 63) g.transform.feedback = feedback;
+    g.transform.rotate = rng_between(r, 0, 1);
+    if (rng_next(r) >> 63) g.transform.permutation = permutation;
     return g;
 }
 
 static inline void free_transform(guarded_transform g) {
     guarded_free(g.shift);
     guarded_free(g.scale);
-    guarded_free(g.sequence);
+    guarded_free(g.permutation);
     guarded_free(g.feedback);
 }
 

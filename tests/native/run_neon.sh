@@ -22,6 +22,7 @@ KSORT_KERNELS=neon run "$build/guard_pages" "$iterations"
 KSORT_KERNELS=neon run "$build/fuzz_abi" $((iterations * 50))
 KSORT_KERNELS=neon run "$build/attend_example"
 run "$build/pool_race" "$iterations"
+run "$build/struct_sizes"
 
 chosen=$(run -cpu cortex-a72 "$build/attend_example") # ARMv8.0: SDOT would end the program
 [ "${chosen%% *}" = scalar ] || { echo "run_neon.sh: a CPU without dot product was given: $chosen" >&2; exit 1; }

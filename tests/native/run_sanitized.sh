@@ -13,6 +13,7 @@ compile() { # FOLDER SANITIZERS; -O1, as sanitizers recommend, in a build type o
 
 mkdir -p "$build"
 compile "$build/address" "address;undefined"
+"$build/address/struct_sizes"
 status=0
 "$build/address/levels" "$iterations" || status=$?
 [ "$status" = 0 ] || [ "$status" = 77 ] || exit "$status" # 77: this CPU has no level but scalar

@@ -1,7 +1,7 @@
 /* Transforms of one head, in place:
  *
- *     key or value:  y - shift, * scale ----------------> rotate ---> y[i] = y[sequence[i]]
- *     query:         q / scale -------------------------> rotate ---> q[i] = q[sequence[i]]
+ *     key or value:  y - shift, * scale ----------------> rotate ---> y[i] = y[permutation[i]]
+ *     query:         q / scale -------------------------> rotate ---> q[i] = q[permutation[i]]
  *     output:        out[c] = out[places[c]] -----------> rotate ---> / scale, + shift
  *
  * Bytes moved: 4 head_dim in and out; 10 head_dim of tables, which stay in L1 over the tokens of a head.
@@ -50,7 +50,7 @@ void ksort_scalar_transform_key(const struct head_transform *transform, uint32_t
         y[c] = y[c] * transform->scale[c];
     if (transform->rotate)
         rotate(y, head_dim);
-    permute(y, transform->sequence, head_dim);
+    permute(y, transform->permutation, head_dim);
 }
 
 void ksort_scalar_transform_query(const struct head_transform *transform, uint32_t head_dim, float *q)
@@ -59,7 +59,7 @@ void ksort_scalar_transform_query(const struct head_transform *transform, uint32
         q[c] = q[c] / transform->scale[c];
     if (transform->rotate)
         rotate(q, head_dim);
-    permute(q, transform->sequence, head_dim);
+    permute(q, transform->permutation, head_dim);
 }
 
 void ksort_scalar_restore_value(const struct head_transform *transform, const uint16_t *places, uint32_t head_dim,

@@ -2,7 +2,7 @@
  * tokens, so no step runs across lanes and the feedback chain of all tokens is walked together.
  *
  *     heads [LANES tokens][head_dim] --transpose--> y [head_dim][LANES]
- *     y --shift, scale, rotate (radix 8: three strides a pass), sequence--> y --a block at a time--> exponents
+ *     y --shift, scale, rotate (radix 8: three strides a pass), permutation--> y --a block at a time--> exponents
  *     channels in panels of 8, held in registers:
  *         panel[i] -= error[c] * feedback[c][i]       for all channels c before the panel, in their order
  *         panel[i] --round--> mantissa, error[i]; panel[i + 1 ..] -= error[i] * feedback[i][i + 1 ..]
@@ -163,11 +163,11 @@ static void encode_group(const struct head_transform *transform, const struct he
         y[c] *= transform->scale[c];
     if (transform->rotate)
         rotate_lanes(y, head_dim);
-    if (transform->sequence) {
+    if (transform->permutation) {
         lanes copy[KSORT_MAX_HEAD_DIM];
         memcpy(copy, y, head_dim * sizeof *y);
         for (uint32_t i = 0; i < head_dim; i++)
-            y[i] = copy[transform->sequence[i]];
+            y[i] = copy[transform->permutation[i]];
     }
     encode_lanes(layout, transform->feedback, y, quads, exponents);
 

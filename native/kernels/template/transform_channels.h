@@ -1,6 +1,6 @@
 /* Transforms of one head, LANES channels a register, in an aligned copy of it:
  *
- *     x --load, shift, scale--> y [head_dim] --rotate--> y --sequence (lookups)--> x
+ *     x --load, shift, scale--> y [head_dim] --rotate--> y --permutation (lookups)--> x
  *
  *     rotating 64 channels, 16 lanes:  strides 1, 2, 4, 8 within each register   y[0] | y[1] | y[2] | y[3]
  *                                      strides 16, 32 between registers           '------'      '------'
@@ -78,7 +78,7 @@ ALWAYS_INLINE void transform_key_channels(const struct head_transform *transform
     }
     if (transform->rotate)
         rotate(y, head_dim);
-    store_permuted(y, transform->sequence, head_dim, key);
+    store_permuted(y, transform->permutation, head_dim, key);
 }
 
 ALWAYS_INLINE void transform_query_channels(const struct head_transform *transform, const uint32_t head_dim, float *q)
@@ -92,7 +92,7 @@ ALWAYS_INLINE void transform_query_channels(const struct head_transform *transfo
     }
     if (transform->rotate)
         rotate(y, head_dim);
-    store_permuted(y, transform->sequence, head_dim, q);
+    store_permuted(y, transform->permutation, head_dim, q);
 }
 
 ALWAYS_INLINE void restore_value_channels(const struct head_transform *transform, const uint16_t *places,

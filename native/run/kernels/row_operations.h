@@ -1,4 +1,4 @@
-/* Row operations of a transformer block in registers of LANES values: RMSNorm and SwiGLU, one row. Bytes moved: the row
+/* Row operations of a transformer block in registers of LANES values: RMSNorm and SwiGLU, one vector. Bytes moved: the row
  * in and out, twice in for RMSNorm, whose sum of squares comes first (4 sums, which hide the addition's latency).
  *
  * The including file includes a level's lanes_*.h.
@@ -18,28 +18,28 @@ ALWAYS_INLINE lanes all_lanes(float x)
     return x - (lanes){0};
 }
 
-/* Values i .. i+LANES-1 of x, below n; `added`, or NULL, is added to them first, and to x. */
-ALWAYS_INLINE lanes load_sum(float *x, const float *added, uint32_t n, uint32_t i)
+/* Values i .. i+LANES-1 of x, below n; scale * `added`, or NULL, is added to them first, and to x. */
+ALWAYS_INLINE lanes load_sum(float *x, const float *added, lanes scale, uint32_t n, uint32_t i)
 {
     lanes values = load_below(x, n, i);
     if (added) {
-        values += load_below(added, n, i);
+        values += scale * load_below(added, n, i);
         store_below(x, n, i, values);
     }
     return values;
 }
 
-ALWAYS_INLINE float sum_of_squares(float *x, const float *added, uint32_t n)
+ALWAYS_INLINE float sum_of_squares(float *x, const float *added, lanes scale, uint32_t n)
 {
     lanes sums[SUMS] = {{0}};
     uint32_t i = 0;
     for (; n - i >= SUMS * LANES; i += SUMS * LANES)
         for (uint32_t k = 0; k < SUMS; k++) {
-            lanes values = load_sum(x, added, n, i + k * LANES);
+            lanes values = load_sum(x, added, scale, n, i + k * LANES);
             sums[k] = lanes_multiply_add(values, values, sums[k]);
         }
     for (; i < n; i += LANES) {
-        lanes values = load_sum(x, added, n, i);
+        lanes values = load_sum(x, added, scale, n, i);
         sums[0] = lanes_multiply_add(values, values, sums[0]);
     }
     lanes sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
@@ -49,9 +49,11 @@ ALWAYS_INLINE float sum_of_squares(float *x, const float *added, uint32_t n)
     return sum[0];
 }
 
-ALWAYS_INLINE void rms_norm_row(float *x, const float *added, const float *gain, uint32_t n, float epsilon, float *y)
+ALWAYS_INLINE void rms_norm_row(float *x, const float *added, float added_scale, const float *gain, uint32_t n,
+                                float epsilon, float *y)
 {
-    const lanes factor = all_lanes(1.0f / sqrtf(sum_of_squares(x, added, n) / (float)n + epsilon));
+    const float sum = sum_of_squares(x, added, all_lanes(added_scale), n);
+    const lanes factor = all_lanes(1.0f / sqrtf(sum / (float)n + epsilon));
     for (uint32_t i = 0; i < n; i += LANES)
         store_below(y, n, i, load_below(x, n, i) * factor * load_below(gain, n, i));
 }

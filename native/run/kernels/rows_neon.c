@@ -3,9 +3,10 @@
 
 #include "row_operations.h"
 
-static void rms_norm(float *x, const float *added, const float *gain, uint32_t n, float epsilon, float *y)
+static void rms_norm(float *x, const float *added, float added_scale, const float *gain, uint32_t n, float epsilon,
+                     float *y)
 {
-    rms_norm_row(x, added, gain, n, epsilon, y);
+    rms_norm_row(x, added, added_scale, gain, n, epsilon, y);
 }
 
 static void swiglu(const float *gate, const float *up, uint32_t n, float *y)

@@ -3,12 +3,13 @@
 
 #include "run_kernels.h"
 
-static void rms_norm(float *x, const float *added, const float *gain, uint32_t n, float epsilon, float *y)
+static void rms_norm(float *x, const float *added, float added_scale, const float *gain, uint32_t n, float epsilon,
+                     float *y)
 {
     float sum = 0.0f;
     for (uint32_t i = 0; i < n; i++) {
         if (added)
-            x[i] += added[i];
+            x[i] += added_scale * added[i];
         sum += x[i] * x[i];
     }
     float factor = 1.0f / sqrtf(sum / (float)n + epsilon);
