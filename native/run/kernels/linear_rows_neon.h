@@ -19,6 +19,7 @@
 
 #include "arm/float_rows_neon.h"
 #include "arm/lanes_neon.h"
+#include "run_kernels.h"
 
 #define PANEL_INPUTS 512
 #define PANEL_OUTPUTS 8
