@@ -17,6 +17,21 @@ ALWAYS_INLINE lanes lanes_round(lanes x)
     return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 
+ALWAYS_INLINE lanes lanes_all(float x)
+{
+    return _mm512_set1_ps(x);
+}
+
+ALWAYS_INLINE lanes lanes_load(const float *x)
+{
+    return _mm512_loadu_ps(x);
+}
+
+ALWAYS_INLINE void lanes_store(float *x, lanes values)
+{
+    _mm512_storeu_ps(x, values);
+}
+
 /* a * b + c, rounded once. */
 ALWAYS_INLINE lanes lanes_multiply_add(lanes a, lanes b, lanes c)
 {

@@ -1,12 +1,28 @@
-/* Half a strip's stored words as quads, and quads as rows of mantissas, in AVX2 registers. */
+/* Half a strip's stored words and exponents, in AVX2 registers whose lanes are its 8 tokens; see quads_avx512.h. */
 #ifndef KSORT_QUADS_AVX2_H
 #define KSORT_QUADS_AVX2_H
 
-#include <immintrin.h>
+#include "x86/lanes_avx2.h"
 
-#include "x86/x86.h"
+typedef __m256i quad_lanes;
 
-#define HALF_STRIP 8 /* tokens */
+/* 2^(exponent - 127) of 8 tokens. */
+ALWAYS_INLINE lanes exponent_scales(const uint8_t *exponents)
+{
+    __m256i bits = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)exponents));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(bits, 23));
+}
+
+ALWAYS_INLINE lanes quads_to_float(quad_lanes sums)
+{
+    return _mm256_cvtepi32_ps(sums);
+}
+
+/* Byte `byte` of every lane, sign-extended, as float. `byte` is a constant. */
+ALWAYS_INLINE lanes byte_to_float(quad_lanes quad, const int byte)
+{
+    return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(quad, 24 - 8 * byte), 24));
+}
 
 ALWAYS_INLINE __m256i mask_bytes(__m256i x, char mask)
 {
@@ -54,7 +70,7 @@ ALWAYS_INLINE void unpack_quads(const struct tile_span *span, uint32_t first_tok
 
 /* Transposes four neighbouring quads of 8 tokens: token t's 16 mantissas go to rows[t]. Within each 128-bit half, which
  * holds four tokens, it is a 4 x 4 transposition. */
-ALWAYS_INLINE void store_mantissa_rows(const __m256i quads[4], int8_t rows[HALF_STRIP][16])
+ALWAYS_INLINE void store_mantissa_rows(const __m256i quads[4], int8_t rows[LANES][16])
 {
     __m256i low01 = _mm256_unpacklo_epi32(quads[0], quads[1]), high01 = _mm256_unpackhi_epi32(quads[0], quads[1]);
     __m256i low23 = _mm256_unpacklo_epi32(quads[2], quads[3]), high23 = _mm256_unpackhi_epi32(quads[2], quads[3]);

@@ -1,24 +1,43 @@
-/* A strip's stored words as quads, and quads as rows of mantissas, in AVX-512 registers. */
+/* A strip's stored words and exponents, in AVX-512 registers whose lanes are its 16 tokens: words as quads, quads as rows
+ * of mantissas. */
 #ifndef KSORT_QUADS_AVX512_H
 #define KSORT_QUADS_AVX512_H
 
-#include <immintrin.h>
+#include "x86/lanes_avx512.h"
 
-#include "x86/x86.h"
+typedef __m512i quad_lanes;
+
+/* 2^(exponent - 127) of 16 tokens. */
+ALWAYS_INLINE lanes exponent_scales(const uint8_t *exponents)
+{
+    __m512i bits = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)exponents));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 23));
+}
+
+ALWAYS_INLINE lanes quads_to_float(quad_lanes sums)
+{
+    return _mm512_cvtepi32_ps(sums);
+}
+
+/* Byte `byte` of every lane, sign-extended, as float. `byte` is a constant. */
+ALWAYS_INLINE lanes byte_to_float(quad_lanes quad, const int byte)
+{
+    return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(quad, 24 - 8 * byte), 24));
+}
 
 ALWAYS_INLINE __m512i mask_bytes(__m512i x, char mask)
 {
     return _mm512_and_si512(x, _mm512_set1_epi8(mask));
 }
 
-/* All quads of the strip whose words are given. Mantissas in bytes, plus 2^(mantissa_bits-1) unless `signed_bytes`.
- * Flipping a mantissa's sign bit adds that number; as the words hold sign bits at fixed places, one exclusive or a word
- * flips them all. */
-ALWAYS_INLINE void unpack_quads(const struct head_layout *layout, const uint8_t *words, bool signed_bytes,
-                                __m512i *quads)
+/* All quads of the 16 tokens from first_token on, mantissas plus 2^(mantissa_bits-1), less `bias`, in bytes. Flipping a
+ * mantissa's sign bit adds that number; as the words hold sign bits at fixed places, one exclusive or a word flips them
+ * all. */
+ALWAYS_INLINE void unpack_flipped_quads(const struct tile_span *span, uint32_t first_token, __m512i bias,
+                                        __m512i *quads)
 {
-    const __m512i bias = _mm512_set1_epi8((char)(signed_bytes ? 1 << (layout->mantissa_bits - 1) : 0));
-    const __m512i *in = (const __m512i *)words;
+    const struct head_layout *layout = span->layout;
+    const __m512i *in = (const __m512i *)(span->tile + word_offset(layout, 0, first_token));
     if (layout->mantissa_bits == 4) {
         for (uint32_t w = 0; w < layout->n_words; w++) {
             __m512i word = _mm512_xor_si512(in[w], _mm512_set1_epi8((char)0x88));
@@ -43,6 +62,13 @@ ALWAYS_INLINE void unpack_quads(const struct head_layout *layout, const uint8_t 
         for (uint32_t w = 0; w < layout->n_words; w++)
             quads[w] = _mm512_sub_epi8(_mm512_xor_si512(in[w], _mm512_set1_epi8((char)0x80)), bias);
     }
+}
+
+/* The same with mantissas as they are. */
+ALWAYS_INLINE void unpack_quads(const struct tile_span *span, uint32_t first_token, __m512i *quads)
+{
+    const __m512i bias = _mm512_set1_epi8((char)(1 << (span->layout->mantissa_bits - 1)));
+    unpack_flipped_quads(span, first_token, bias, quads);
 }
 
 /* Transposes four neighbouring quads of 16 tokens: token t's 16 mantissas go to rows[t]. Two rounds of interleaving,

@@ -9,17 +9,30 @@
  *     4 rows  | dots   | dots   |   for every word: load it for each strip, 4 instructions to make 2 quads,
  *             +--------+--------+   2 products for each row, the query's quad from L1 in all lanes
  *
- * Otherwise partition and bytes are those of strip_avx512.h. Bytes moved: the tile once.
+ * Otherwise partition and bytes are those of scores_bfp.h. Bytes moved: the tile once.
  */
-#include "x86/strip_avx512.h"
+#include "x86/quads_avx512.h"
 
+#define ROWS_AT_ONCE 8
 #define FEW_ROWS 4
 #define MAX_STRIPS STRIPS_PER_TILE
 
-ALWAYS_INLINE __m512i dot_quad_vnni(__m512i sum, __m512i key, int32_t query)
+ALWAYS_INLINE void key_quads(const struct tile_span *keys, uint32_t first_token, quad_lanes *quads)
+{
+    unpack_flipped_quads(keys, first_token, _mm512_setzero_si512(), quads);
+}
+
+ALWAYS_INLINE quad_lanes first_dot(const struct query_rows *queries, uint32_t row, uint32_t b)
+{
+    return _mm512_set1_epi32(queries->offsets[row][b]);
+}
+
+ALWAYS_INLINE quad_lanes dot_quad(quad_lanes sum, quad_lanes key, int32_t query)
 {
     return _mm512_dpbusd_epi32(sum, key, _mm512_set1_epi32(query));
 }
+
+#include "template/scores_bfp.h"
 
 /* Strips from first_token on, all rows of `queries`. n_rows (up to FEW_ROWS) and n_strips are constants. */
 ALWAYS_INLINE void strips_of_few_rows(const struct tile_span *keys, const struct query_rows *queries,
@@ -50,8 +63,8 @@ ALWAYS_INLINE void strips_of_few_rows(const struct tile_span *keys, const struct
                 __m512i high = _mm512_and_si512(_mm512_srli_epi32(stored, 4), nibble);
 #pragma GCC unroll 4
                 for (int r = 0; r < n_rows; r++) {
-                    dots[r][s] = dot_quad_vnni(dots[r][s], low, queries->quads[r][2 * word]);
-                    dots[r][s] = dot_quad_vnni(dots[r][s], high, queries->quads[r][2 * word + 1]);
+                    dots[r][s] = dot_quad(dots[r][s], low, queries->quads[r][2 * word]);
+                    dots[r][s] = dot_quad(dots[r][s], high, queries->quads[r][2 * word + 1]);
                 }
             }
         for (int s = 0; s < n_strips; s++) {
@@ -83,7 +96,7 @@ void ksort_avx512vnni_scores_bfp_by_bfp(const struct tile_span *keys, const stru
                                         float (*scores)[KSORT_TILE_TOKENS])
 {
     if (keys->layout->mantissa_bits != 4 || queries->n_rows > FEW_ROWS) {
-        scores_by_bfp(keys, queries, dot_quad_vnni, false, scores);
+        scores_by_bfp(keys, queries, scores);
         return;
     }
     switch (queries->n_rows) {
