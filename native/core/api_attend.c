@@ -57,8 +57,7 @@ static ksort_status check_memory(const ksort_attend_args *args, uint32_t nth)
     return args->workspace_bytes / sizeof(struct attend_scratch) < nth ? KSORT_ERR_WORKSPACE : KSORT_OK;
 }
 
-ksort_status ksort_attend_prepare(const ksort_attend_args *from, uint32_t nth, bool with_memory,
-                                  struct attend_job *job)
+ksort_status ksort_attend_prepare(const ksort_attend_args *from, uint32_t nth, bool with_memory, struct attend_job *job)
 {
     ksort_attend_args *args = &job->args;
     ksort_status status = nth ? READ_STRUCT(args, from, scale) : KSORT_ERR_ARGUMENT;

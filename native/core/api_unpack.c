@@ -12,34 +12,22 @@ uint32_t ksort_abi_version(void)
 const char *ksort_status_text(ksort_status status)
 {
     switch (status) {
-    case KSORT_OK:
-        return "ok";
+    case KSORT_OK: return "ok";
     case KSORT_ERR_ARGUMENT:
         return "bad argument: null pointer, zero count, slots outside the cache, or part outside the partition";
     case KSORT_ERR_STRUCT_SIZE:
         return "struct_size is too small, or fields that this library does not know are not zero";
-    case KSORT_ERR_TYPE:
-        return "unknown cache type, or one not allowed here";
-    case KSORT_ERR_HEAD_DIM:
-        return "head dimension is odd, zero, too large, or not the same for keys and values";
-    case KSORT_ERR_BLOCK_SIZE:
-        return "block size is not 16, 32, 64 or 128, or larger than the head dimension";
-    case KSORT_ERR_HEADS:
-        return "query heads are not a multiple of key heads, or keys and values differ in heads";
-    case KSORT_ERR_ALIGNMENT:
-        return "cache, stride or workspace is not a multiple of 64 bytes";
-    case KSORT_ERR_ROPE:
-        return "a RoPE table entry is out of range, or partners do not pair up";
-    case KSORT_ERR_NON_FINITE:
-        return "NaN or infinity in a key, value or query, or in the scores they make";
-    case KSORT_ERR_RANGE:
-        return "a key or value is too large for the cache type";
-    case KSORT_ERR_WORKSPACE:
-        return "workspace is too small";
-    case KSORT_ERR_KERNELS:
-        return "unknown kernel level, or one that this CPU does not support";
-    case KSORT_ERR_THREADS:
-        return "the system refused memory or threads for the pool";
+    case KSORT_ERR_TYPE: return "unknown cache type, or one not allowed here";
+    case KSORT_ERR_HEAD_DIM: return "head dimension is odd, zero, too large, or not the same for keys and values";
+    case KSORT_ERR_BLOCK_SIZE: return "block size is not 16, 32, 64 or 128, or larger than the head dimension";
+    case KSORT_ERR_HEADS: return "query heads are not a multiple of key heads, or keys and values differ in heads";
+    case KSORT_ERR_ALIGNMENT: return "cache, stride or workspace is not a multiple of 64 bytes";
+    case KSORT_ERR_ROPE: return "a RoPE table entry is out of range, or partners do not pair up";
+    case KSORT_ERR_NON_FINITE: return "NaN or infinity in a key, value or query, or in the scores they make";
+    case KSORT_ERR_RANGE: return "a key or value is too large for the cache type";
+    case KSORT_ERR_WORKSPACE: return "workspace is too small";
+    case KSORT_ERR_KERNELS: return "unknown kernel level, or one that this CPU does not support";
+    case KSORT_ERR_THREADS: return "the system refused memory or threads for the pool";
     case KSORT_ERR_TRANSFORM:
         return "a transform's shift is not finite, its scale not positive and finite, its rotate not 0 or 1, or its "
                "permutation repeats a channel";

@@ -27,12 +27,12 @@ struct attend_job {
     const struct kernels *kernels;
     struct head_layout k;
     struct head_layout v;
-    uint32_t group;        /* query heads a KV head */
-    size_t n_rows;         /* query rows a KV head */
-    size_t n_row_blocks;   /* units a KV head */
-    size_t head_tiles;     /* tiles of all units of a KV head */
-    size_t n_tiles;        /* tiles of all units */
-    size_t stride;         /* floats between accumulator rows */
+    uint32_t group;      /* query heads a KV head */
+    size_t n_rows;       /* query rows a KV head */
+    size_t n_row_blocks; /* units a KV head */
+    size_t head_tiles;   /* tiles of all units of a KV head */
+    size_t n_tiles;      /* tiles of all units */
+    size_t stride;       /* floats between accumulator rows */
 };
 
 struct unit {

@@ -59,7 +59,7 @@ static void attend_tile(const struct attend_job *job, const struct unit *unit, s
     }
     accumulate_function *accumulate =
         is_bfp(job->v.type) ? job->kernels->accumulate_bfp : job->kernels->accumulate_float;
-    accumulate(&values, unit->n_rows, (const float(*)[KSORT_TILE_TOKENS])scratch->scores, scratch->rescale,
+    accumulate(&values, unit->n_rows, (const float (*)[KSORT_TILE_TOKENS])scratch->scores, scratch->rescale,
                partial->accumulators, job->stride);
 }
 

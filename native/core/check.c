@@ -21,8 +21,7 @@ static bool tiles_are_apart(const ksort_cache *cache, size_t tile_bytes)
             extent(inner, cache->tile_stride, n_tiles, &outer));
 }
 
-ksort_status ksort_read_cache(const ksort_cache *from, bool with_memory, ksort_cache *cache,
-                              struct head_layout *layout)
+ksort_status ksort_read_cache(const ksort_cache *from, bool with_memory, ksort_cache *cache, struct head_layout *layout)
 {
     ksort_status status = READ_STRUCT(cache, from, n_kv_heads);
     if (status == KSORT_OK)

@@ -24,8 +24,8 @@ struct rope_row {
 static inline struct rope_row rope_row_of(const ksort_rope *rope, uint32_t head_dim, uint32_t head, size_t token)
 {
     size_t at = (size_t)head * head_dim, row = token * rope->n_frequencies;
-    return (struct rope_row){rope->partner + at, rope->sign + at, rope->frequency + at, rope->cos + row,
-                             rope->sin + row, rope->n_frequencies};
+    return (struct rope_row){rope->partner + at, rope->sign + at, rope->frequency + at,
+                             rope->cos + row,    rope->sin + row, rope->n_frequencies};
 }
 
 /* The transform of one head; see ksort_transform. */
@@ -123,8 +123,8 @@ typedef void softmax_function(float (*scores)[KSORT_TILE_TOKENS], uint32_t n_row
  * Tokens outside the span may hold anything, such as infinity.
  * accumulators [n_rows][stride], stride = head_dim rounded up to 16; floats from head_dim on may change to anything. */
 typedef void accumulate_function(const struct tile_span *values, uint32_t n_rows,
-                                 const float (*weights)[KSORT_TILE_TOKENS], const float *rescale,
-                                 float *accumulators, size_t stride);
+                                 const float (*weights)[KSORT_TILE_TOKENS], const float *rescale, float *accumulators,
+                                 size_t stride);
 
 struct kernels {
     const char *level;

@@ -43,25 +43,15 @@ ksort_status ksort_layout_of(const ksort_format *format, struct head_layout *lay
         if (status != KSORT_OK)
             return status;
     }
-    *layout = (struct head_layout){
-        .type = format->type, .head_dim = format->head_dim, .block_size = format->block_size};
+    *layout =
+        (struct head_layout){.type = format->type, .head_dim = format->head_dim, .block_size = format->block_size};
     switch (format->type) {
-    case KSORT_F32:
-        set_float(layout, 4);
-        break;
+    case KSORT_F32: set_float(layout, 4); break;
     case KSORT_F16:
-    case KSORT_BF16:
-        set_float(layout, 2);
-        break;
-    case KSORT_BFP16:
-        set_bfp(layout, 8, 1, 1);
-        break;
-    case KSORT_BFP14:
-        set_bfp(layout, 6, 4, 3);
-        break;
-    case KSORT_BFP12:
-        set_bfp(layout, 4, 2, 1);
-        break;
+    case KSORT_BF16: set_float(layout, 2); break;
+    case KSORT_BFP16: set_bfp(layout, 8, 1, 1); break;
+    case KSORT_BFP14: set_bfp(layout, 6, 4, 3); break;
+    case KSORT_BFP12: set_bfp(layout, 4, 2, 1); break;
     }
     return KSORT_OK;
 }
@@ -75,9 +65,7 @@ static uint32_t nibbles(uint32_t low, uint32_t high)
 static void words_of_quads(const struct head_layout *layout, const uint32_t *quads, uint32_t *words)
 {
     switch (layout->mantissa_bits) {
-    case 8:
-        memcpy(words, quads, layout->n_words * sizeof *words);
-        break;
+    case 8: memcpy(words, quads, layout->n_words * sizeof *words); break;
     case 4:
         for (uint32_t w = 0; w < layout->n_words; w++)
             words[w] = nibbles(quads[2 * w], quads[2 * w + 1]);
@@ -105,9 +93,7 @@ static uint32_t sign_extend_bytes(uint32_t u, uint32_t bits)
 static void quads_of_words(const struct head_layout *layout, const uint32_t *words, uint32_t *quads)
 {
     switch (layout->mantissa_bits) {
-    case 8:
-        memcpy(quads, words, layout->n_words * sizeof *words);
-        break;
+    case 8: memcpy(quads, words, layout->n_words * sizeof *words); break;
     case 4:
         for (uint32_t w = 0; w < layout->n_words; w++) {
             quads[2 * w] = sign_extend_bytes(words[w] & 0x0F0F0F0Fu, 4);

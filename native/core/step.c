@@ -35,12 +35,9 @@ bool ksort_step_has(const struct ksort_step *step, enum step_phase phase)
 {
     bool packs = step->packs[0] || step->packs[1];
     switch (phase) {
-    case STEP_CHECK:
-        return packs || step->attends;
-    case STEP_WRITE:
-        return packs;
-    default:
-        return step->attends;
+    case STEP_CHECK: return packs || step->attends;
+    case STEP_WRITE: return packs;
+    default: return step->attends;
     }
 }
 
@@ -66,13 +63,9 @@ static ksort_status write_part(const struct ksort_step *step, uint32_t ith, uint
 ksort_status ksort_step_part(const struct ksort_step *step, enum step_phase phase, uint32_t ith, uint32_t n_parts)
 {
     switch (phase) {
-    case STEP_CHECK:
-        return check_part(step, ith, n_parts);
-    case STEP_WRITE:
-        return write_part(step, ith, n_parts);
-    case STEP_ATTEND:
-        return ksort_attend_run(&step->attend, ith, n_parts);
-    default:
-        return ksort_attend_join(&step->attend, ith, n_parts);
+    case STEP_CHECK: return check_part(step, ith, n_parts);
+    case STEP_WRITE: return write_part(step, ith, n_parts);
+    case STEP_ATTEND: return ksort_attend_run(&step->attend, ith, n_parts);
+    default: return ksort_attend_join(&step->attend, ith, n_parts);
     }
 }

@@ -32,7 +32,7 @@ static inline ksort_status read_struct(void *out, size_t bytes, size_t mandatory
 }
 
 /* `last` is the last mandatory field of *out. */
-#define READ_STRUCT(out, from, last) \
-    read_struct((out), sizeof *(out), offsetof(__typeof__(*(out)), last) + sizeof (out)->last, (from))
+#define READ_STRUCT(out, from, last)                                                                                   \
+    read_struct((out), sizeof *(out), offsetof(__typeof__(*(out)), last) + sizeof(out)->last, (from))
 
 #endif /* KSORT_STRUCTS_H */

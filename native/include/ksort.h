@@ -147,8 +147,8 @@ ksort_status ksort_tile_bytes(const ksort_format *format, size_t *bytes);
 typedef struct ksort_pack_args {
     size_t struct_size;
     const ksort_cache *cache;
-    const float *x;                   /* [n_tokens, n_kv_heads, head_dim]; heads contiguous */
-    size_t x_token_stride;            /* floats between tokens, at least n_kv_heads * head_dim */
+    const float *x;        /* [n_tokens, n_kv_heads, head_dim]; heads contiguous */
+    size_t x_token_stride; /* floats between tokens, at least n_kv_heads * head_dim */
     size_t first_slot;
     uint32_t n_tokens;
     const ksort_rope *rope;           /* NULL: no RoPE (values) */
@@ -184,12 +184,12 @@ typedef struct ksort_attend_args {
     size_t first_slot;
     uint32_t n_queries;
     uint32_t n_heads;
-    uint32_t query_type;     /* KSORT_F32, or KSORT_BFP16: queries are rounded to BFP16 with k's block size and the dot
-                                products are of integer mantissas (BFP keys only; with float keys it means the same
-                                rounding, then float products) */
-    float scale;             /* usually 1/sqrt(head_dim) */
-    uint32_t window;         /* 0: none */
-    const ksort_rope *rope;  /* for the queries; cos and sin rows are the query tokens'. NULL: no RoPE */
+    uint32_t query_type;    /* KSORT_F32, or KSORT_BFP16: queries are rounded to BFP16 with k's block size and the dot
+                               products are of integer mantissas (BFP keys only; with float keys it means the same
+                               rounding, then float products) */
+    float scale;            /* usually 1/sqrt(head_dim) */
+    uint32_t window;        /* 0: none */
+    const ksort_rope *rope; /* for the queries; cos and sin rows are the query tokens'. NULL: no RoPE */
     const ksort_transform *k_transform; /* those that k and v were packed with. NULL: none */
     const ksort_transform *v_transform;
 } ksort_attend_args;

@@ -8,7 +8,7 @@
 
 #include "check.h"
 
-#define REST_SHARE 4           /* of few rows' weights, one in so many is left for short parts */
+#define REST_SHARE 4            /* of few rows' weights, one in so many is left for short parts */
 #define PART_BYTES (128u << 10) /* a short part: some 8 us of reading, against up to 0.5 us for taking it from others */
 #define MAX_PARTS 1024
 #define GROUP_OUTPUTS 32 /* a multiple of every kernel's panel */

@@ -32,8 +32,8 @@ typedef struct ksort_linear_args {
     size_t n_out;
     size_t n_in;
     uint32_t n_rows;
-    uint32_t type;       /* of the weights: KSORT_F32, KSORT_F16 or KSORT_BF16 */
-    const float *bias;   /* [n_out], or NULL */
+    uint32_t type;     /* of the weights: KSORT_F32, KSORT_F16 or KSORT_BF16 */
+    const float *bias; /* [n_out], or NULL */
 } ksort_linear_args;
 
 /* Returns KSORT_OK, _ARGUMENT, _STRUCT_SIZE, _TYPE, _KERNELS. */
@@ -44,18 +44,18 @@ ksort_status ksort_linear(const ksort_linear_args *args, uint32_t ith, uint32_t 
  * of q, k and v. y may be x. The last mandatory field is epsilon. */
 typedef struct ksort_rms_norm_args {
     size_t struct_size;
-    float *x;                /* [n_rows, heads, n]; only read where added is NULL */
-    const float *gain;       /* [n] */
-    float *y;                /* [n_rows, heads, n] */
-    size_t x_row_stride;     /* floats between rows, at least heads * n; the other strides likewise */
+    float *x;            /* [n_rows, heads, n]; only read where added is NULL */
+    const float *gain;   /* [n] */
+    float *y;            /* [n_rows, heads, n] */
+    size_t x_row_stride; /* floats between rows, at least heads * n; the other strides likewise */
     size_t y_row_stride;
     uint32_t n;
     uint32_t n_rows;
     float epsilon;
-    uint32_t heads;          /* 0: 1 */
-    const float *added;      /* [n_rows, heads, n], or NULL */
+    uint32_t heads;     /* 0: 1 */
+    const float *added; /* [n_rows, heads, n], or NULL */
     size_t added_row_stride;
-    float added_scale;       /* 0: 1. The product is rounded before it is added */
+    float added_scale; /* 0: 1. The product is rounded before it is added */
 } ksort_rms_norm_args;
 
 /* Returns KSORT_OK, _ARGUMENT, _STRUCT_SIZE, _KERNELS. */

@@ -26,7 +26,7 @@
 struct ksort_pool {
     uint32_t n_threads; /* with the caller */
     uint32_t n_started;
-    pthread_t *threads; /* [n_started] */
+    pthread_t *threads;      /* [n_started] */
     struct ksort_step *step; /* the caller's, in the pool so that no call allocates */
     pool_function *function; /* of the run; written, like context, by the caller while no part is being done */
     const void *context;

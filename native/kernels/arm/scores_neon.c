@@ -77,8 +77,8 @@ ALWAYS_INLINE void rows_by_bfp(const struct strip *strip, const struct query_row
                 int8x16_t query = vreinterpretq_s8_s32(vld1q_s32(&queries->quads[first_row + r][quad]));
                 for (int i = 0; i < n_registers; i++) {
                     const strip_quad *chunk = &strip->quads[quad];
-                    const uint8x16_t keys[CHUNK_QUADS] = {chunk[0][first + i], chunk[1][first + i],
-                                                          chunk[2][first + i], chunk[3][first + i]};
+                    const uint8x16_t keys[CHUNK_QUADS] = {chunk[0][first + i], chunk[1][first + i], chunk[2][first + i],
+                                                          chunk[3][first + i]};
                     dots[r][i] = add_dots(dots[r][i], keys, query);
                 }
             }
@@ -144,9 +144,7 @@ ALWAYS_INLINE void scores_of_strip(const struct strip *strip, const struct query
             rows(strip, queries, row, 3, 0, 2, scores);
             rows(strip, queries, row, 3, 2, 2, scores);
             break;
-        default:
-            rows(strip, queries, row, 4, 0, 2, scores);
-            rows(strip, queries, row, 4, 2, 2, scores);
+        default: rows(strip, queries, row, 4, 0, 2, scores); rows(strip, queries, row, 4, 2, 2, scores);
         }
     }
 }

@@ -44,8 +44,8 @@ ALWAYS_INLINE uint8x16_t seen_exponents(const struct tile_span *span, uint32_t b
 {
     const uint8x16_t lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     uint8x16_t token = vaddq_u8(lane, vdupq_n_u8((uint8_t)first_token));
-    uint8x16_t inside = vandq_u8(vcgeq_u8(token, vdupq_n_u8((uint8_t)span->begin)),
-                                 vcltq_u8(token, vdupq_n_u8((uint8_t)span->end)));
+    uint8x16_t inside =
+        vandq_u8(vcgeq_u8(token, vdupq_n_u8((uint8_t)span->begin)), vcltq_u8(token, vdupq_n_u8((uint8_t)span->end)));
     return vandq_u8(vld1q_u8(span->tile + exponent_offset(span->layout, block, first_token)), inside);
 }
 

@@ -79,9 +79,8 @@ void ksort_neon_softmax_tile(float (*scores)[KSORT_TILE_TOKENS], uint32_t n_rows
 /* Rows 0 .. n_rows-1 of the pointers given, n_registers * 4 channels from c on, or the two from c on if `is_pair`.
  * type, n_rows, n_registers and is_pair are constants. */
 ALWAYS_INLINE void accumulate_rows(const struct tile_span *values, const uint32_t type, uint32_t c, const int n_rows,
-                                   const int n_registers, const bool is_pair,
-                                   const float (*weights)[KSORT_TILE_TOKENS], const float *rescale,
-                                   float *accumulators, size_t stride)
+                                   const int n_registers, const bool is_pair, const float (*weights)[KSORT_TILE_TOKENS],
+                                   const float *rescale, float *accumulators, size_t stride)
 {
     const uint32_t value_bytes = type == KSORT_F32 ? 4 : 2;
     float32x4_t sums[ROWS_AT_ONCE][MOST_REGISTERS];
@@ -124,7 +123,7 @@ ALWAYS_INLINE void accumulate_of_type(const struct tile_span *v, const uint32_t 
                                       float *accumulators, size_t stride)
 {
     for (uint32_t row = 0; row < n_rows; row += ROWS_AT_ONCE) {
-        const float(*w)[KSORT_TILE_TOKENS] = weights + row;
+        const float (*w)[KSORT_TILE_TOKENS] = weights + row;
         const float *s = rescale + row;
         float *a = accumulators + row * stride;
         switch (min_size(n_rows - row, ROWS_AT_ONCE)) {
@@ -137,8 +136,8 @@ ALWAYS_INLINE void accumulate_of_type(const struct tile_span *v, const uint32_t 
 }
 
 void ksort_neon_accumulate_float(const struct tile_span *values, uint32_t n_rows,
-                                 const float (*weights)[KSORT_TILE_TOKENS], const float *rescale,
-                                 float *accumulators, size_t stride)
+                                 const float (*weights)[KSORT_TILE_TOKENS], const float *rescale, float *accumulators,
+                                 size_t stride)
 {
     if (values->layout->type == KSORT_F32)
         accumulate_of_type(values, KSORT_F32, n_rows, weights, rescale, accumulators, stride);

@@ -52,8 +52,8 @@ static void add_value(const float *value, uint32_t head_dim, uint32_t token, uin
 }
 
 void ksort_scalar_accumulate_float(const struct tile_span *values, uint32_t n_rows,
-                                   const float (*weights)[KSORT_TILE_TOKENS], const float *rescale,
-                                   float *accumulators, size_t stride)
+                                   const float (*weights)[KSORT_TILE_TOKENS], const float *rescale, float *accumulators,
+                                   size_t stride)
 {
     const struct head_layout *layout = values->layout;
     rescale_rows(n_rows, layout->head_dim, rescale, accumulators, stride);

@@ -61,8 +61,7 @@ ALWAYS_INLINE void rotate(float *y, uint32_t head_dim)
 ALWAYS_INLINE void store_permuted(const float *y, const uint16_t *from, uint32_t head_dim, float *out)
 {
     for (uint32_t c = 0; c < head_dim; c += LANES)
-        store_below(out, head_dim, c,
-                    from ? look_up(y, head_dim, from, head_dim, c) : *(const lanes *)(y + c));
+        store_below(out, head_dim, c, from ? look_up(y, head_dim, from, head_dim, c) : *(const lanes *)(y + c));
 }
 
 ALWAYS_INLINE void transform_key_channels(const struct head_transform *transform, const uint32_t head_dim, float *key)

@@ -109,8 +109,8 @@ ALWAYS_INLINE void store_bytes(int8_t *out, uint32_t n, lanes_int values)
 /* table[indices[0]] .. table[indices[7]], by eight loads: on Zen 4 they take less time than a gather. */
 ALWAYS_INLINE lanes look_up_eight(const float *table, const uint16_t *indices)
 {
-    return _mm256_setr_ps(table[indices[0]], table[indices[1]], table[indices[2]], table[indices[3]],
-                          table[indices[4]], table[indices[5]], table[indices[6]], table[indices[7]]);
+    return _mm256_setr_ps(table[indices[0]], table[indices[1]], table[indices[2]], table[indices[3]], table[indices[4]],
+                          table[indices[5]], table[indices[6]], table[indices[7]]);
 }
 
 /* table[indices[i]] .. table[indices[i + 7]] of indices below n_indices; all of them are below n. */

@@ -19,8 +19,8 @@
 
 ALWAYS_INLINE __m256 exp_avx2(__m256 x)
 {
-    __m256 n = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(EXP_LOG2_E)),
-                               _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    __m256 n =
+        _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(EXP_LOG2_E)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(EXP_LN2_HIGH), x);
     r = _mm256_fnmadd_ps(n, _mm256_set1_ps(EXP_LN2_LOW), r);
     __m256 p = _mm256_fmadd_ps(_mm256_set1_ps(EXP_P4), r, _mm256_set1_ps(EXP_P3));
@@ -85,8 +85,8 @@ void ksort_avx2_softmax_tile(float (*scores)[KSORT_TILE_TOKENS], uint32_t n_rows
 
 /* Rows 0 .. n_rows-1 of the pointers given, channels c .. c+15. type and n_rows are constants. */
 ALWAYS_INLINE void accumulate_rows(const struct tile_span *values, const uint32_t type, uint32_t c, const int n_rows,
-                                   const float (*weights)[KSORT_TILE_TOKENS], const float *rescale,
-                                   float *accumulators, size_t stride)
+                                   const float (*weights)[KSORT_TILE_TOKENS], const float *rescale, float *accumulators,
+                                   size_t stride)
 {
     const uint32_t value_bytes = type == KSORT_F32 ? 4 : 2; /* 16 values: a cache line or half of one */
     __m256 sums[ROWS_AT_ONCE][2];
@@ -128,7 +128,7 @@ ALWAYS_INLINE void accumulate_of_type(const struct tile_span *v, const uint32_t 
 {
     const uint32_t in_registers = v->layout->head_dim / CHANNELS_AT_ONCE * CHANNELS_AT_ONCE;
     for (uint32_t row = 0; row < n_rows; row += ROWS_AT_ONCE) {
-        const float(*w)[KSORT_TILE_TOKENS] = weights + row;
+        const float (*w)[KSORT_TILE_TOKENS] = weights + row;
         const float *s = rescale + row;
         float *a = accumulators + row * stride;
         for (uint32_t c = 0; c < in_registers; c += CHANNELS_AT_ONCE) {
@@ -145,8 +145,8 @@ ALWAYS_INLINE void accumulate_of_type(const struct tile_span *v, const uint32_t 
 }
 
 void ksort_avx2_accumulate_float(const struct tile_span *values, uint32_t n_rows,
-                                 const float (*weights)[KSORT_TILE_TOKENS], const float *rescale,
-                                 float *accumulators, size_t stride)
+                                 const float (*weights)[KSORT_TILE_TOKENS], const float *rescale, float *accumulators,
+                                 size_t stride)
 {
     if (values->layout->type == KSORT_F32)
         accumulate_of_type(values, KSORT_F32, n_rows, weights, rescale, accumulators, stride);

@@ -218,8 +218,8 @@ ALWAYS_INLINE void accumulate_of_type(const struct tile_span *v, const uint32_t 
 }
 
 void ksort_avx512_accumulate_float(const struct tile_span *values, uint32_t n_rows,
-                                   const float (*weights)[KSORT_TILE_TOKENS], const float *rescale,
-                                   float *accumulators, size_t stride)
+                                   const float (*weights)[KSORT_TILE_TOKENS], const float *rescale, float *accumulators,
+                                   size_t stride)
 {
     if (values->layout->type == KSORT_F32)
         accumulate_of_type(values, KSORT_F32, n_rows, weights, rescale, accumulators, stride);

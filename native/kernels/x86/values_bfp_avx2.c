@@ -48,8 +48,8 @@ ALWAYS_INLINE void accumulate_some(const struct tile_span *v, const mantissa_col
                                    const scaled_weights *scaled, const float *s, float *accumulators, size_t stride)
 {
     for (uint32_t c = 0; c < v->layout->head_dim; c += COLUMN) {
-        const int8_t(*m)[COLUMN] = columns[c / COLUMN];
-        const float(*w)[KSORT_TILE_TOKENS] = scaled[c / v->layout->block_size];
+        const int8_t (*m)[COLUMN] = columns[c / COLUMN];
+        const float (*w)[KSORT_TILE_TOKENS] = scaled[c / v->layout->block_size];
         float *a = accumulators + c;
         switch (n_rows) {
         case 1: accumulate_column(v, m, 1, w, s, a, stride); break;

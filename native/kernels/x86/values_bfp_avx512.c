@@ -25,7 +25,7 @@ ALWAYS_INLINE void accumulate_rows(const struct tile_span *values, const mantiss
 {
     const struct head_layout *layout = values->layout;
     __mmask16 inside[MAX_REGISTERS];
-    const float(*weights[MAX_REGISTERS])[KSORT_TILE_TOKENS];
+    const float (*weights[MAX_REGISTERS])[KSORT_TILE_TOKENS];
     __m512 sums[ROWS_AT_ONCE][MAX_REGISTERS];
     for (int i = 0; i < n_registers; i++) {
         inside[i] = lanes_below(layout->head_dim, c + COLUMN * i);
@@ -71,8 +71,8 @@ ALWAYS_INLINE void accumulate_some(const struct tile_span *v, const mantissa_col
 }
 
 void ksort_avx512_accumulate_bfp(const struct tile_span *values, uint32_t n_rows,
-                                 const float (*weights)[KSORT_TILE_TOKENS], const float *rescale,
-                                 float *accumulators, size_t stride)
+                                 const float (*weights)[KSORT_TILE_TOKENS], const float *rescale, float *accumulators,
+                                 size_t stride)
 {
     accumulate_bfp(values, n_rows, weights, rescale, accumulators, stride, accumulate_some);
 }

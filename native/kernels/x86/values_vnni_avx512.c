@@ -28,7 +28,7 @@
 #define PARTS 4 /* of 128 bits, in a register */
 #define FOURS_PER_TILE (KSORT_TILE_TOKENS / 4)
 #define LARGEST_WEIGHT 65535.0f /* two digits of 8 bits */
-#define SMALLEST_WEIGHT 1e-30f /* less counts as nothing, so that what scales it up stays finite */
+#define SMALLEST_WEIGHT 1e-30f  /* less counts as nothing, so that what scales it up stays finite */
 
 /* Low and high digits of a row's weights in a block: a byte a token, four tokens in a word. Word 4p + s has tokens
  * 4p .. 4p+3 of strip s. */
@@ -236,8 +236,8 @@ ALWAYS_INLINE void accumulate_words(const struct tile_span *values, uint32_t wor
 
 /* Rows 0 .. n_rows-1 of the pointers given. n_rows is a constant up to ROWS_AT_ONCE. */
 ALWAYS_INLINE void accumulate_rows(const struct tile_span *values, const int n_rows,
-                                   const float (*weights)[KSORT_TILE_TOKENS], const float *rescale,
-                                   float *accumulators, size_t stride)
+                                   const float (*weights)[KSORT_TILE_TOKENS], const float *rescale, float *accumulators,
+                                   size_t stride)
 {
     const struct head_layout *layout = values->layout;
     const __m512i inside = tokens_inside(values);

@@ -95,8 +95,8 @@ ALWAYS_INLINE void multiply_rows(const panel_row *panel, size_t n, const float *
 }
 
 /* All rows, one panel of n inputs from `first` on. */
-ALWAYS_INLINE void multiply_panel(const struct linear_block *block, const panel_row *panel, size_t output,
-                                  size_t first, size_t n)
+ALWAYS_INLINE void multiply_panel(const struct linear_block *block, const panel_row *panel, size_t output, size_t first,
+                                  size_t n)
 {
     const size_t x_stride = block->x_row_stride, y_stride = block->y_row_stride;
     const uint32_t n_outputs = (uint32_t)min_size(PANEL_OUTPUTS, block->n_out - output);
