@@ -10,6 +10,9 @@
  *   - The returned status is that of the arguments, or KSORT_ERR_CUDA for a launch that CUDA refused; then nothing was
  *     enqueued that writes to caches or outputs. What kernels find on the way is written to *device_status, an int32 in
  *     device memory that the caller clears: the largest ksort_status found, left as it is where there is none.
+ *   - struct_size is what the caller's header makes of sizeof. A shorter struct is accepted down to the last mandatory
+ *     field, which each struct names; fields that it lacks are taken as 0 or NULL. A longer one is accepted where all
+ *     that this library does not know is 0. Others are KSORT_ERR_STRUCT_SIZE.
  *   - Calls from several threads are safe where they touch different memory.
  */
 #ifndef KSORT_CUDA_H
@@ -21,43 +24,43 @@
 extern "C" {
 #endif
 
-#define KSORT_CUDA_ABI_VERSION 1
+#define KSORT_CUDA_ABI_VERSION 2
 #define KSORT_ERR_CUDA 100 /* as a ksort_status: no device that runs the library's kernels, or CUDA refused a launch */
 
-/* One cache (keys or values) of one layer for several sequences, in pages of whole tiles. Tile t of KV head h of
- * sequence s starts at
+/* One cache (keys or values) of one layer for several contexts, in pages of whole tiles. Tile t of KV head h of
+ * context s starts at
  *
  *     base + page * page_stride + (t % page_tiles) * tile_stride + h * head_stride
- *     page = page_table ? page_table[s * sequence_pages + t / page_tiles] : s * sequence_pages + t / page_tiles
+ *     page = page_table ? page_table[s * context_pages + t / page_tiles] : s * context_pages + t / page_tiles
  *
- * So without a table and with sequence_pages 1 every sequence is contiguous. Keys are BFP12, BFP14 or BFP16; values f16,
+ * So without a table and with context_pages 1 every context is contiguous. Keys are BFP12, BFP14 or BFP16; values f16,
  * bf16, BFP16 or BFP12; head_dim 64, 80, 96, 128 or 256. */
 typedef struct ksort_cuda_cache {
     size_t struct_size;
     ksort_format format;
-    void *base;                /* device, KSORT_ALIGNMENT-aligned */
-    size_t page_stride;        /* bytes, a multiple of KSORT_ALIGNMENT; so are the two below */
+    void *base;         /* device, KSORT_ALIGNMENT-aligned */
+    size_t page_stride; /* bytes, a multiple of KSORT_ALIGNMENT; so are the two below */
     size_t tile_stride;
     size_t head_stride;
-    const int32_t *page_table; /* device [n_sequences, sequence_pages], or NULL. Entries of pages that a call does not
+    const int32_t *page_table; /* device [n_contexts, context_pages], or NULL. Entries of pages that a call does not
                                   reach are not read */
-    uint32_t sequence_pages;   /* pages that a sequence may have, at least 1 */
+    uint32_t context_pages;    /* pages that a context may have, at least 1 */
     uint32_t page_tiles;       /* tiles a page, at least 1 */
-    uint32_t n_sequences;      /* at most 65535 */
-    uint32_t n_kv_heads;       /* at most 65535 */
+    uint32_t n_contexts;       /* at most 65535 */
+    uint32_t n_kv_heads;       /* at most 65535. The last mandatory field */
 } ksort_cuda_cache;
 
-/* The tokens of a call: rows of n_tokens new tokens for each sequence, of which the first n_new[s] count. They stand in
+/* The tokens of a call: rows of n_tokens new tokens for each context, of which the first n_new[s] count. They stand in
  * slots n_cached[s] onwards, which is their position for RoPE too. Slots beyond the cache's pages are KSORT_ERR_ARGUMENT
  * in *device_status: those tokens are skipped. */
 typedef struct ksort_cuda_tokens {
     size_t struct_size;
-    const int32_t *n_cached; /* device [n_sequences], each at least 0 */
-    const int32_t *n_new;    /* device [n_sequences], each 0 to n_tokens; NULL: n_tokens each */
-    uint32_t n_sequences;    /* as in the caches */
+    const int32_t *n_cached; /* device [n_contexts], each at least 0 */
+    const int32_t *n_new;    /* device [n_contexts], each 0 to n_tokens; NULL: n_tokens each */
+    uint32_t n_contexts;     /* as in the caches */
     uint32_t n_tokens;       /* at least 1 */
-    uint32_t n_positions;    /* rows of cos and sin: tokens at positions from there on are KSORT_ERR_ROPE, and skipped */
-    int32_t *device_status;  /* device */
+    uint32_t n_positions;   /* rows of cos and sin: tokens at positions from there on are KSORT_ERR_ROPE, and skipped */
+    int32_t *device_status; /* device. The last mandatory field */
 } ksort_cuda_tokens;
 
 /* The ABI version of the loaded library. Thread-safe. */
@@ -72,25 +75,26 @@ ksort_status ksort_cuda_device_status(void);
 typedef struct ksort_cuda_pack_args {
     size_t struct_size;
     const ksort_cuda_tokens *tokens;
-    const ksort_cuda_cache *k;          /* NULL: no keys */
-    const ksort_cuda_cache *v;          /* NULL: no values */
-    const ksort_rope *rope;             /* of keys; NULL: no RoPE */
+    const ksort_cuda_cache *k; /* NULL: no keys */
+    const ksort_cuda_cache *v; /* NULL: no values */
+    const void *k_x;           /* device [n_contexts, n_tokens, n_kv_heads, head_dim]; heads contiguous, aligned to 16
+                                  bytes */
+    const void *v_x;           /* likewise */
+    size_t token_stride;       /* of k_x and v_x, in elements: a multiple of 8 */
+    size_t context_stride;     /* likewise */
+    uint32_t x_type;           /* of k_x and v_x: KSORT_F32, KSORT_F16 or KSORT_BF16. The last mandatory field */
+    const ksort_rope *rope;    /* of keys; NULL: no RoPE */
     const ksort_transform *k_transform; /* NULL: none, as for float types */
     const ksort_transform *v_transform;
-    const void *k_x;         /* device [n_sequences, n_tokens, n_kv_heads, head_dim]; heads contiguous, aligned to 16 bytes */
-    const void *v_x;         /* likewise */
-    size_t token_stride;     /* of k_x and v_x, in elements: a multiple of 8 */
-    size_t sequence_stride;  /* likewise */
-    uint32_t x_type;         /* of k_x and v_x: KSORT_F32, KSORT_F16 or KSORT_BF16 */
 } ksort_cuda_pack_args;
 
-/* A head with NaN or infinity is not written, and KSORT_ERR_NON_FINITE or KSORT_ERR_RANGE told in *device_status.
+/* A head with NaN or infinity is not written, and KSORT_ERR_NON_FINITE or KSORT_ERR_RANGE reported in *device_status.
  * Returns KSORT_OK, _ARGUMENT, _STRUCT_SIZE, _TYPE, _HEAD_DIM, _BLOCK_SIZE, _HEADS, _ALIGNMENT, _TRANSFORM (rotate is not
  * 0 or 1), KSORT_ERR_CUDA. */
 ksort_status ksort_cuda_pack(const ksort_cuda_pack_args *args, void *stream);
 
-/* Attend: softmax(scale * q k^T) v for the new tokens of every sequence, whose keys and values are packed before. Query i
- * of sequence s sees slots max(0, n_cached[s] + i + 1 - window) .. n_cached[s] + i (window 0: from slot 0). Queries are
+/* Attend: softmax(scale * q k^T) v for the new tokens of every context, whose keys and values are packed before. Query i
+ * of context s sees slots max(0, n_cached[s] + i + 1 - window) .. n_cached[s] + i (window 0: from slot 0). Queries are
  * rounded to BFP16 with k's block size, as ksort_attend does with query_type KSORT_BFP16. Arithmetic is within
  * ksort_attend's bound (native/README.md), to which outputs of 16 bits add what storing rounds. Where n_tokens is above
  * 1 weights have 22 bits, but 11 in rows of such outputs that see more than 512 slots: in the worst case these add
@@ -100,32 +104,33 @@ typedef struct ksort_cuda_attend_args {
     size_t struct_size;
     const ksort_cuda_tokens *tokens;
     const ksort_cuda_cache *k;
-    const ksort_cuda_cache *v;          /* same head_dim, n_kv_heads and n_sequences as k */
-    const ksort_rope *rope;             /* of queries, as for packing; NULL: no RoPE */
+    const ksort_cuda_cache *v; /* same head_dim, n_kv_heads and n_contexts as k */
+    const void *q;             /* device [n_contexts, n_tokens, n_heads, head_dim]; heads contiguous, aligned to 16
+                                  bytes */
+    void *out;                 /* device, likewise. Rows of tokens that do not count are not written */
+    size_t q_token_stride;     /* elements, a multiple of 8; so are the three below */
+    size_t q_context_stride;
+    size_t out_token_stride;
+    size_t out_context_stride;
+    uint32_t x_type;        /* of q and out: KSORT_F32, KSORT_F16 or KSORT_BF16 */
+    uint32_t n_heads;       /* a multiple of n_kv_heads */
+    uint32_t window;        /* 0: none */
+    uint32_t max_slots;     /* the most slots that any context will have, its new tokens included: decides how the
+                                  work is cut, so a captured call stays good up to there. At most what the caches'
+                                  pages hold. Contexts with more are KSORT_ERR_ARGUMENT in *device_status */
+    float scale;            /* usually 1/sqrt(head_dim) */
+    void *workspace;        /* device, 256-byte-aligned; contents are private to the call */
+    size_t workspace_bytes; /* The last mandatory field */
+    const ksort_rope *rope; /* of queries, as for packing; NULL: no RoPE */
     const ksort_transform *k_transform; /* those that k and v were packed with */
     const ksort_transform *v_transform;
-    const void *q;            /* device [n_sequences, n_tokens, n_heads, head_dim]; heads contiguous, aligned to 16 bytes */
-    void *out;                /* device, likewise. Rows of tokens that do not count are not written */
-    size_t q_token_stride;    /* elements, a multiple of 8; so are the three below */
-    size_t q_sequence_stride;
-    size_t out_token_stride;
-    size_t out_sequence_stride;
-    uint32_t x_type;          /* of q and out: KSORT_F32, KSORT_F16 or KSORT_BF16 */
-    uint32_t n_heads;         /* a multiple of n_kv_heads */
-    uint32_t window;          /* 0: none */
-    uint32_t max_slots;       /* the most slots that any sequence will have, its new tokens included: decides how the work
-                                 is cut, so a captured call stays good up to there. At most what the caches'
-                                 pages hold. Sequences with more are KSORT_ERR_ARGUMENT in *device_status */
-    float scale;              /* usually 1/sqrt(head_dim) */
-    void *workspace;          /* device, 256-byte-aligned; contents are private to the call */
-    size_t workspace_bytes;
 } ksort_cuda_attend_args;
 
 /* Workspace that ksort_cuda_attend needs for these arguments (workspace and pointers to data aside), into *bytes.
  * Returns as ksort_cuda_attend. */
 ksort_status ksort_cuda_attend_workspace_bytes(const ksort_cuda_attend_args *args, size_t *bytes);
 
-/* Queries that are not finite are told in *device_status (KSORT_ERR_NON_FINITE), and their outputs are undefined.
+/* Queries that are not finite are reported in *device_status (KSORT_ERR_NON_FINITE), and their outputs are undefined.
  * Returns KSORT_OK, _ARGUMENT, _STRUCT_SIZE, _TYPE, _HEAD_DIM, _BLOCK_SIZE, _HEADS, _ALIGNMENT, _WORKSPACE, _TRANSFORM,
  * KSORT_ERR_CUDA. */
 ksort_status ksort_cuda_attend(const ksort_cuda_attend_args *args, void *stream);

@@ -5,18 +5,18 @@ namespace {
 
 constexpr uint32_t N_TOKENS = 3;
 
-/* Two sequences of up to four tiles, two KV heads, keys and values in BFP12; n_tokens new tokens each. */
+/* Two contexts of up to four tiles, two KV heads, keys and values in BFP12; n_tokens new tokens each. */
 shape small_shape(uint32_t n_tokens) {
     shape p;
-    p.head_dim = 64, p.n_heads = 6, p.n_kv_heads = 2, p.n_sequences = 2, p.n_tokens = n_tokens;
-    p.page_tiles = 2, p.sequence_pages = 2, p.x_type = KSORT_F32, p.has_page_table = false;
+    p.head_dim = 64, p.n_heads = 6, p.n_kv_heads = 2, p.n_contexts = 2, p.n_tokens = n_tokens;
+    p.page_tiles = 2, p.context_pages = 2, p.x_type = KSORT_F32, p.has_page_table = false;
     p.k = {sizeof p.k, KSORT_BFP12, p.head_dim, 32}, p.v = p.k;
     p.n_cached = {100, 30}, p.n_new.assign(2, (int32_t)n_tokens);
     return p;
 }
 
 void fill_normal(rng *r, token_rows *x, const shape &p, uint32_t n_heads) {
-    for (uint32_t s = 0; s < p.n_sequences; s++)
+    for (uint32_t s = 0; s < p.n_contexts; s++)
         for (uint32_t t = 0; t < p.n_tokens; t++)
             for (size_t i = 0; i < (size_t)n_heads * p.head_dim; i++) x->set(s, t, i, rng_normal(r));
 }
@@ -29,7 +29,7 @@ void check_pack(rng *r, const shape &p, token_rows *x, const row_strides &stride
     rope_tables rope(r, p, p.capacity());
     k.fill_any(r);
     k.upload(), x->upload();
-    for (uint32_t s = 0; s < p.n_sequences; s++)
+    for (uint32_t s = 0; s < p.n_contexts; s++)
         for (uint32_t t = 0; t < p.n_tokens; t++)
             for (uint32_t h = 0; h < p.n_kv_heads; h++)
                 if (counts(s, t, h))
@@ -40,7 +40,7 @@ void check_pack(rng *r, const shape &p, token_rows *x, const row_strides &stride
     tokens.status.write(&status_before);
     ksort_cuda_pack_args args = {sizeof args, &tokens.tokens, &k.cache};
     args.rope = &rope.device, args.k_x = x->device.data, args.x_type = p.x_type;
-    args.token_stride = strides.token, args.sequence_stride = strides.sequence;
+    args.token_stride = strides.token, args.context_stride = strides.context;
     CHECK_OK(ksort_cuda_pack(&args, nullptr));
     CHECK(tokens.read_status() == expected);
     CHECK(k.device_has_same_bytes());
@@ -78,10 +78,11 @@ int32_t attend_status(rng *r, const shape &p, uint32_t max_slots, uint32_t n_pos
     k.upload(), v.upload(), q.upload(), out.upload();
     device_tokens tokens(p);
     tokens.tokens.n_positions = n_positions;
-    ksort_cuda_attend_args args = {sizeof args, &tokens.tokens, &k.cache, &v.cache, &rope.device};
+    ksort_cuda_attend_args args = {sizeof args, &tokens.tokens, &k.cache, &v.cache};
+    args.rope = &rope.device;
     args.q = q.device.data, args.out = out.device.data;
     args.q_token_stride = args.out_token_stride = strides.token;
-    args.q_sequence_stride = args.out_sequence_stride = strides.sequence;
+    args.q_context_stride = args.out_context_stride = strides.context;
     args.x_type = p.x_type, args.n_heads = p.n_heads, args.max_slots = max_slots, args.scale = 0.125f;
     CHECK_OK(ksort_cuda_attend_workspace_bytes(&args, &args.workspace_bytes));
     device_array<uint8_t> workspace(std::vector<uint8_t>(args.workspace_bytes, 0xFF));

@@ -14,13 +14,15 @@ struct captured_step {
           k_x(p, x_strides), v_x(p, x_strides), q(p, q_strides), out(p, q_strides), tokens(p) {
         k.fill_ones(), v.fill_ones();
         k.upload(), v.upload(), k_x.upload(), v_x.upload(), q.upload(), out.upload();
-        pack = {sizeof pack, &tokens.tokens, &k.cache, &v.cache, &rope.device, &k_tables.device, nullptr};
+        pack = {sizeof pack, &tokens.tokens, &k.cache, &v.cache};
+        pack.rope = &rope.device, pack.k_transform = &k_tables.device;
         pack.k_x = k_x.device.data, pack.v_x = v_x.device.data;
-        pack.token_stride = x_strides.token, pack.sequence_stride = x_strides.sequence, pack.x_type = p.x_type;
-        attend = {sizeof attend, &tokens.tokens, &k.cache, &v.cache, &rope.device, &k_tables.device, nullptr};
+        pack.token_stride = x_strides.token, pack.context_stride = x_strides.context, pack.x_type = p.x_type;
+        attend = {sizeof attend, &tokens.tokens, &k.cache, &v.cache};
+        attend.rope = &rope.device, attend.k_transform = &k_tables.device;
         attend.q = q.device.data, attend.out = out.device.data;
         attend.q_token_stride = attend.out_token_stride = q_strides.token;
-        attend.q_sequence_stride = attend.out_sequence_stride = q_strides.sequence;
+        attend.q_context_stride = attend.out_context_stride = q_strides.context;
         attend.x_type = p.x_type, attend.n_heads = p.n_heads, attend.max_slots = p.capacity(), attend.scale = 0.1f;
         CHECK_OK(ksort_cuda_attend_workspace_bytes(&attend, &attend.workspace_bytes));
         workspace = device_array<uint8_t>(std::vector<uint8_t>(attend.workspace_bytes, 0xFF));
@@ -50,9 +52,9 @@ cudaGraphExec_t capture(const captured_step &step, cudaStream_t stream) {
     return executable;
 }
 
-/* New keys, values and queries for every sequence; the host's caches get what the CPU library packs. */
+/* New keys, values and queries for every context; the host's caches get what the CPU library packs. */
 void next_tokens(rng *r, const shape &p, captured_step *step) {
-    for (uint32_t s = 0; s < p.n_sequences; s++) {
+    for (uint32_t s = 0; s < p.n_contexts; s++) {
         for (size_t i = 0; i < (size_t)p.n_kv_heads * p.head_dim; i++)
             step->k_x.set(s, 0, i, rng_normal(r)), step->v_x.set(s, 0, i, rng_normal(r));
         for (size_t i = 0; i < (size_t)p.n_heads * p.head_dim; i++) step->q.set(s, 0, i, rng_normal(r));
@@ -63,9 +65,9 @@ void next_tokens(rng *r, const shape &p, captured_step *step) {
     step->tokens.n_cached.write(p.n_cached.data());
 }
 
-/* One query head of every sequence against double. */
+/* One query head of every context against double. */
 void compare_step(rng *r, const shape &p, const captured_step &step) {
-    for (uint32_t s = 0; s < p.n_sequences; s++) {
+    for (uint32_t s = 0; s < p.n_contexts; s++) {
         uint32_t head = rng_between(r, 0, p.n_heads - 1), kv_head = head / (p.n_heads / p.n_kv_heads);
         uint32_t n_slots = (uint32_t)p.n_cached[s] + 1;
         std::vector<float> q = prepared_query(step.q.head(s, 0, head, p.head_dim), {&step.rope, &step.k_tables},
@@ -83,8 +85,8 @@ void compare_step(rng *r, const shape &p, const captured_step &step) {
 
 void compare_captured_steps(rng *r) {
     shape p;
-    p.head_dim = 128, p.n_heads = 8, p.n_kv_heads = 2, p.n_sequences = 3, p.n_tokens = 1;
-    p.page_tiles = 1, p.sequence_pages = 8, p.x_type = KSORT_F32, p.has_page_table = true;
+    p.head_dim = 128, p.n_heads = 8, p.n_kv_heads = 2, p.n_contexts = 3, p.n_tokens = 1;
+    p.page_tiles = 1, p.context_pages = 8, p.x_type = KSORT_F32, p.has_page_table = true;
     p.k = {sizeof p.k, KSORT_BFP12, p.head_dim, 32}, p.v = {sizeof p.v, KSORT_F16, p.head_dim, 16};
     p.n_cached.assign(3, N_STEPS), p.n_new.assign(3, 1); /* the page table's reach */
     captured_step step(r, p);

@@ -2,25 +2,25 @@
 #ifndef KSORT_TEST_CUDA_REFERENCE_H
 #define KSORT_TEST_CUDA_REFERENCE_H
 
-#include "cuda_support.h"
+#include "cuda_tables.h"
 
-/* Elements between tokens and between sequences of rows [n_sequences, n_tokens, row], with gaps. */
+/* Elements between tokens and between contexts of rows [n_contexts, n_tokens, row], with gaps. */
 struct row_strides {
     row_strides(rng *r, const shape &p, size_t row_elements) : row(row_elements) {
         size_t padded = (row + 7) / 8 * 8 + 8 * rng_between(r, 0, 2);
-        bool tokens_inside = coin(r); /* of sequences; else sequences inside of tokens */
-        token = tokens_inside ? padded : padded * p.n_sequences;
-        sequence = tokens_inside ? padded * p.n_tokens : padded;
+        bool tokens_inside = coin(r); /* of contexts; else contexts inside of tokens */
+        token = tokens_inside ? padded : padded * p.n_contexts;
+        context = tokens_inside ? padded * p.n_tokens : padded;
     }
 
-    size_t row, token, sequence;
+    size_t row, token, context;
 };
 
 /* k_x, v_x, q or out. All bytes are 0xFF (NaN) where nothing was set: gaps, and tokens that do not count. */
 class token_rows {
 public:
     token_rows(const shape &p, const row_strides &strides) : type(p.x_type), strides(strides) {
-        size_t last = (p.n_sequences - 1) * strides.sequence + (p.n_tokens - 1) * strides.token;
+        size_t last = (p.n_contexts - 1) * strides.context + (p.n_tokens - 1) * strides.token;
         bytes.assign((last + strides.row) * element_bytes(), 0xFF);
     }
 
@@ -54,7 +54,7 @@ public:
     /* Bytes that are still 0xFF, but for those of rows that count. */
     bool others_are_untouched(const shape &p) const {
         std::vector<uint8_t> counts(bytes.size(), 0);
-        for (uint32_t s = 0; s < p.n_sequences; s++)
+        for (uint32_t s = 0; s < p.n_contexts; s++)
             for (int32_t t = 0; t < p.n_new[s]; t++)
                 memset(&counts[place(s, (uint32_t)t, 0) * element_bytes()], 1, strides.row * element_bytes());
         for (size_t i = 0; i < bytes.size(); i++)
@@ -70,7 +70,7 @@ public:
 
 private:
     size_t element_bytes() const { return type == KSORT_F32 ? 4 : 2; }
-    size_t place(uint32_t s, uint32_t t, size_t i) const { return s * strides.sequence + t * strides.token + i; }
+    size_t place(uint32_t s, uint32_t t, size_t i) const { return s * strides.context + t * strides.token + i; }
 
     uint32_t type;
     row_strides strides;
@@ -83,21 +83,21 @@ struct steps {
     const transform_tables *transform;
 };
 
-/* Packs one head by the CPU library into the host's tiles, at `slot` of KV head h of sequence s. */
+/* Packs one head by the CPU library into the host's tiles, at `slot` of KV head h of context s. */
 inline ksort_status pack_on_cpu(const paged_cache &cache, const steps &steps, const std::vector<float> &head,
                                 uint32_t s, uint32_t slot, uint32_t h) {
     ksort_cache tile = cache.tile_view(s, slot / KSORT_TILE_TOKENS, h);
     ksort_rope rope = steps.rope ? steps.rope->of_head(h, slot) : ksort_rope{};
     ksort_transform transform = steps.transform ? steps.transform->of_head(h) : ksort_transform{};
-    ksort_pack_args args = {sizeof args, &tile, steps.rope ? &rope : nullptr, head.data(), head.size(),
-                            slot % KSORT_TILE_TOKENS, steps.transform ? &transform : nullptr, 1};
+    ksort_pack_args args = {sizeof args, &tile, head.data(), head.size(), slot % KSORT_TILE_TOKENS, 1,
+                            steps.rope ? &rope : nullptr, steps.transform ? &transform : nullptr};
     return ksort_pack(&args, 0, 1);
 }
 
 /* Packs every token that counts, head by head as the GPU does: what is refused is left out. The largest status. */
 inline int32_t pack_all_on_cpu(const paged_cache &cache, const shape &p, const steps &steps, const token_rows &x) {
     int32_t largest = KSORT_OK;
-    for (uint32_t s = 0; s < p.n_sequences; s++)
+    for (uint32_t s = 0; s < p.n_contexts; s++)
         for (int32_t t = 0; t < p.n_new[s]; t++)
             for (uint32_t h = 0; h < p.n_kv_heads; h++) {
                 std::vector<float> head = x.head(s, (uint32_t)t, h, p.head_dim);
@@ -107,7 +107,7 @@ inline int32_t pack_all_on_cpu(const paged_cache &cache, const shape &p, const s
     return largest;
 }
 
-/* The first n_slots of KV head h of sequence s, as the CPU library unpacks them: [n_slots, head_dim]. */
+/* The first n_slots of KV head h of context s, as the CPU library unpacks them: [n_slots, head_dim]. */
 inline std::vector<float> unpack_on_cpu(const paged_cache &cache, uint32_t s, uint32_t h, uint32_t n_slots) {
     uint32_t head_dim = cache.cache.format.head_dim;
     std::vector<float> values((size_t)n_slots * head_dim);
@@ -153,14 +153,14 @@ inline std::vector<float> prepared_query(std::vector<float> q, const steps &step
         for (uint32_t c = 0; transform.scale && c < head_dim; c++) x[c] = x[c] / transform.scale[c];
         if (transform.rotate) rotate(x);
         std::vector<float> y = x;
-        for (uint32_t i = 0; transform.sequence && i < head_dim; i++) x[i] = y[transform.sequence[i]];
+        for (uint32_t i = 0; transform.permutation && i < head_dim; i++) x[i] = y[transform.permutation[i]];
     }
     ksort_cache cache = {sizeof cache, {sizeof cache.format, KSORT_BFP16, head_dim, block_size}};
     CHECK_OK(ksort_tile_bytes(&cache.format, &cache.tile_stride));
     cache.head_stride = cache.tile_stride, cache.n_slots = KSORT_TILE_TOKENS, cache.n_kv_heads = 1;
     std::unique_ptr<void, void (*)(void *)> tile(std::aligned_alloc(KSORT_ALIGNMENT, cache.tile_stride), std::free);
     cache.base = tile.get();
-    ksort_pack_args args = {sizeof args, &cache, nullptr, x.data(), head_dim, 0, nullptr, 1};
+    ksort_pack_args args = {sizeof args, &cache, x.data(), head_dim, 0, 1, nullptr, nullptr};
     CHECK_OK(ksort_pack(&args, 0, 1));
     CHECK_OK(ksort_unpack(&cache, 0, 1, x.data()));
     return x;
@@ -202,12 +202,12 @@ inline expected_row attend_in_double(const std::vector<float> &q, const std::vec
     return row;
 }
 
-/* Takes the transform of values back: (W out) / scale + shift, out taken out of sequence. A channel of W e is at most
+/* Takes the transform of values back: (W out) / scale + shift, out in its own order again. A channel of W e is at most
  * sqrt(head_dim) times the largest of e; float arithmetic adds its roundings. */
 inline void restore(const ksort_transform &transform, expected_row *row) {
     size_t d = row->out.size();
     std::vector<double> y = row->out;
-    for (size_t i = 0; transform.sequence && i < d; i++) row->out[transform.sequence[i]] = y[i];
+    for (size_t i = 0; transform.permutation && i < d; i++) row->out[transform.permutation[i]] = y[i];
     double largest = 0, growth = transform.rotate ? std::sqrt((double)d) : 1.0;
     for (double x : row->out) largest = std::max(largest, std::fabs(x));
     if (transform.rotate) rotate(row->out);

@@ -1,5 +1,5 @@
 /* libksort_cuda's calls on host memory, through libksort: lets the GPU runner's Python run, and be compared with the
- * CPU runner, where there is no GPU. One sequence, contiguous caches, float32 rows; all else is KSORT_ERR_ARGUMENT. */
+ * CPU runner, where there is no GPU. One context, contiguous caches, float32 rows; all else is KSORT_ERR_ARGUMENT. */
 #include "ksort_cuda.h"
 
 #include <stdlib.h>
@@ -16,8 +16,8 @@ ksort_status ksort_cuda_device_status(void)
 
 static int is_supported(const ksort_cuda_cache *cache, const ksort_cuda_tokens *tokens, uint32_t x_type)
 {
-    return cache->struct_size == sizeof *cache && tokens->struct_size == sizeof *tokens && cache->n_sequences == 1 &&
-           tokens->n_sequences == 1 && cache->sequence_pages == 1 && !cache->page_table && !tokens->n_new &&
+    return cache->struct_size == sizeof *cache && tokens->struct_size == sizeof *tokens && cache->n_contexts == 1 &&
+           tokens->n_contexts == 1 && cache->context_pages == 1 && !cache->page_table && !tokens->n_new &&
            x_type == KSORT_F32 && cache->page_stride == cache->page_tiles * cache->tile_stride;
 }
 
@@ -43,7 +43,7 @@ static ksort_rope host_rope(const ksort_rope *rope, const ksort_cuda_tokens *tok
     return of_tokens;
 }
 
-static ksort_status tell(const ksort_cuda_tokens *tokens, ksort_status status)
+static ksort_status report(const ksort_cuda_tokens *tokens, ksort_status status)
 {
     if (status == KSORT_ERR_NON_FINITE || status == KSORT_ERR_RANGE) {
         if (*tokens->device_status < (int32_t)status)
@@ -74,7 +74,7 @@ ksort_status ksort_cuda_pack(const ksort_cuda_pack_args *args, void *stream)
             .transform = side ? args->v_transform : args->k_transform,
             .n_tokens = tokens->n_tokens,
         };
-        ksort_status status = tell(tokens, ksort_pack(&pack, 0, 1));
+        ksort_status status = report(tokens, ksort_pack(&pack, 0, 1));
         if (status != KSORT_OK)
             return status;
     }
@@ -134,5 +134,5 @@ ksort_status ksort_cuda_attend(const ksort_cuda_attend_args *args, void *stream)
     if (status == KSORT_OK)
         status = ksort_attend_merge(&attend, 0, 1);
     free(attend.workspace);
-    return tell(tokens, status);
+    return report(tokens, status);
 }

@@ -1,4 +1,6 @@
-/* Statuses of libksort_cuda: those of arguments, which are returned, and those that kernels tell. */
+/* Statuses of libksort_cuda: those of arguments, which are returned, and those that kernels report. */
+#include <cstddef>
+
 #include "cuda_reference.h"
 
 namespace {
@@ -21,11 +23,10 @@ struct calls {
     ksort_cuda_cache k = {sizeof k, {sizeof k.format, KSORT_BFP12, 64, 32}, memory, 0, 0, 0, integers, 5, 2, 3, 2};
     ksort_cuda_cache v = k;
     ksort_rope rope = {sizeof rope, 32, shorts, static_cast<const int8_t *>(memory), shorts, floats, floats};
-    ksort_transform transform = {sizeof transform, floats, floats, floats, 1, shorts};
-    ksort_cuda_pack_args pack = {sizeof pack, &tokens, &k, &v, &rope, nullptr, nullptr, memory, memory,
-                                 128, 512, KSORT_F16};
-    ksort_cuda_attend_args attend = {sizeof attend, &tokens, &k, &v, &rope, nullptr, nullptr, memory, memory,
-                                     512, 2048, 512, 2048, KSORT_F16, 8, 0, 640, 0.125f, memory, SIZE_MAX};
+    ksort_transform transform = {sizeof transform, 1, floats, floats, floats, shorts};
+    ksort_cuda_pack_args pack = {sizeof pack, &tokens, &k, &v, memory, memory, 128, 512, KSORT_F16, &rope};
+    ksort_cuda_attend_args attend = {sizeof attend, &tokens, &k, &v, memory, memory, 512, 2048, 512, 2048,
+                                     KSORT_F16, 8, 0, 640, 0.125f, memory, SIZE_MAX, &rope};
 };
 
 /* What a call returns after a change of valid arguments. */
@@ -51,6 +52,42 @@ template <typename F>
 void both(F change, ksort_status expected) {
     CHECK(pack_status(change) == expected);
     CHECK(attend_status(change) == expected);
+}
+
+/* What sizing a workspace says, which needs no device, after a change of valid arguments. */
+template <typename F>
+ksort_status sizing_status(F change) {
+    calls c;
+    change(c);
+    size_t bytes = 0;
+    return ksort_cuda_attend_workspace_bytes(&c.attend, &bytes);
+}
+
+/* Fields beyond a struct's size are not looked at. */
+void check_shorter_structs() {
+    CHECK_OK(sizing_status([](calls &c) { c.attend.struct_size = offsetof(ksort_cuda_attend_args, rope), c.rope = {}; }));
+    CHECK_OK(sizing_status([](calls &c) { c.transform.struct_size = offsetof(ksort_transform, permutation); }));
+    both([](calls &c) { c.pack.struct_size = c.attend.struct_size = 64; }, KSORT_ERR_STRUCT_SIZE);
+    both([](calls &c) { c.k.struct_size -= 8; }, KSORT_ERR_STRUCT_SIZE);
+    both([](calls &c) { c.tokens.struct_size -= 8; }, KSORT_ERR_STRUCT_SIZE);
+    both([](calls &c) { c.rope.struct_size -= 8; }, KSORT_ERR_STRUCT_SIZE);
+}
+
+/* Fields that the library does not know are 0. */
+void check_longer_structs() {
+    struct {
+        ksort_cuda_tokens known;
+        uint64_t unknown = 0;
+    } tokens;
+    const auto lengthen = [&](calls &c) {
+        tokens.known = c.tokens;
+        tokens.known.struct_size = sizeof tokens;
+        c.pack.tokens = c.attend.tokens = &tokens.known;
+    };
+    CHECK_OK(sizing_status(lengthen));
+    tokens.unknown = uint64_t(1) << 63;
+    both(lengthen, KSORT_ERR_STRUCT_SIZE);
+    both([](calls &c) { c.tokens.struct_size = SIZE_MAX / 8 * 8; }, KSORT_ERR_STRUCT_SIZE);
 }
 
 /* Strides wide enough for tiles of any type. */
@@ -92,16 +129,16 @@ void check_shared_memory() {
     both([](calls &c) { c.k.page_stride = SIZE_MAX / 2 / 64 * 64; }, KSORT_ERR_ARGUMENT);
     both([](calls &c) { c.k.n_kv_heads = 0; }, KSORT_ERR_ARGUMENT);
     both([](calls &c) { c.k.n_kv_heads = 65536; }, KSORT_ERR_ARGUMENT);
-    both([](calls &c) { c.v.n_sequences = 0; }, KSORT_ERR_ARGUMENT);
-    both([](calls &c) { c.v.n_sequences = 4; }, KSORT_ERR_ARGUMENT);
-    both([](calls &c) { c.k.sequence_pages = 0; }, KSORT_ERR_ARGUMENT);
-    both([](calls &c) { c.k.sequence_pages = 1u << 30; }, KSORT_ERR_ARGUMENT);
+    both([](calls &c) { c.v.n_contexts = 0; }, KSORT_ERR_ARGUMENT);
+    both([](calls &c) { c.v.n_contexts = 4; }, KSORT_ERR_ARGUMENT);
+    both([](calls &c) { c.k.context_pages = 0; }, KSORT_ERR_ARGUMENT);
+    both([](calls &c) { c.k.context_pages = 1u << 30; }, KSORT_ERR_ARGUMENT);
     both([](calls &c) { c.k.page_tiles = 0; }, KSORT_ERR_ARGUMENT);
     both([](calls &c) { c.pack.tokens = c.attend.tokens = nullptr; }, KSORT_ERR_ARGUMENT);
     both([](calls &c) { c.tokens.n_cached = nullptr; }, KSORT_ERR_ARGUMENT);
     both([](calls &c) { c.tokens.device_status = nullptr; }, KSORT_ERR_ARGUMENT);
     both([](calls &c) { c.tokens.n_tokens = 0; }, KSORT_ERR_ARGUMENT);
-    both([](calls &c) { c.tokens.n_sequences = 2; }, KSORT_ERR_ARGUMENT);
+    both([](calls &c) { c.tokens.n_contexts = 2; }, KSORT_ERR_ARGUMENT);
     both([](calls &c) { c.tokens.n_positions = 0; }, KSORT_ERR_ARGUMENT);
     both([](calls &c) { c.rope.n_frequencies = 0; }, KSORT_ERR_ARGUMENT);
     both([](calls &c) { c.rope.sin = nullptr; }, KSORT_ERR_ARGUMENT);
@@ -113,9 +150,9 @@ void check_pack_arguments() {
     CHECK(pack_status([](calls &c) { c.pack.k_x = nullptr; }) == KSORT_ERR_ARGUMENT);
     CHECK(pack_status([](calls &c) { c.pack.v_x = static_cast<uint8_t *>(c.memory) + 8; }) == KSORT_ERR_ALIGNMENT);
     CHECK(pack_status([](calls &c) { c.pack.token_stride += 4; }) == KSORT_ERR_ALIGNMENT);
-    CHECK(pack_status([](calls &c) { c.pack.sequence_stride += 4; }) == KSORT_ERR_ALIGNMENT);
+    CHECK(pack_status([](calls &c) { c.pack.context_stride += 4; }) == KSORT_ERR_ALIGNMENT);
     CHECK(pack_status([](calls &c) { c.pack.token_stride -= 8; }) == KSORT_ERR_ARGUMENT);
-    CHECK(pack_status([](calls &c) { c.pack.sequence_stride -= 8; }) == KSORT_ERR_ARGUMENT);
+    CHECK(pack_status([](calls &c) { c.pack.context_stride -= 8; }) == KSORT_ERR_ARGUMENT);
 }
 
 void check_attend_arguments() {
@@ -129,8 +166,8 @@ void check_attend_arguments() {
     CHECK(attend_status([](calls &c) { c.attend.q = nullptr; }) == KSORT_ERR_ARGUMENT);
     CHECK(attend_status([](calls &c) { c.attend.out = static_cast<uint8_t *>(c.memory) + 8; }) == KSORT_ERR_ALIGNMENT);
     CHECK(attend_status([](calls &c) { c.attend.q_token_stride += 4; }) == KSORT_ERR_ALIGNMENT);
-    CHECK(attend_status([](calls &c) { c.attend.out_sequence_stride += 4; }) == KSORT_ERR_ALIGNMENT);
-    CHECK(attend_status([](calls &c) { c.attend.q_sequence_stride -= 8; }) == KSORT_ERR_ARGUMENT);
+    CHECK(attend_status([](calls &c) { c.attend.out_context_stride += 4; }) == KSORT_ERR_ALIGNMENT);
+    CHECK(attend_status([](calls &c) { c.attend.q_context_stride -= 8; }) == KSORT_ERR_ARGUMENT);
     CHECK(attend_status([](calls &c) { c.attend.out_token_stride -= 8; }) == KSORT_ERR_ARGUMENT);
     CHECK(attend_status([](calls &c) { c.attend.n_heads = 0; }) == KSORT_ERR_ARGUMENT);
     CHECK(attend_status([](calls &c) { c.attend.n_heads = 7; }) == KSORT_ERR_HEADS);
@@ -148,6 +185,8 @@ void check_attend_arguments() {
 
 void check_arguments() {
     CHECK(ksort_cuda_abi_version() == KSORT_CUDA_ABI_VERSION);
+    check_shorter_structs();
+    check_longer_structs();
     check_shared_arguments();
     check_shared_memory();
     check_pack_arguments();

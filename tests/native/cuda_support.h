@@ -1,4 +1,4 @@
-/* What cuda_test.cu is made of: host memory and its copy on the device, random shapes, paged caches, tables. */
+/* What cuda_test.cu is made of: host memory and its copy on the device, random shapes, paged caches, tokens. */
 #ifndef KSORT_TEST_CUDA_SUPPORT_H
 #define KSORT_TEST_CUDA_SUPPORT_H
 
@@ -76,17 +76,17 @@ inline std::vector<uint16_t> random_permutation(rng *r, uint32_t n) {
     return order;
 }
 
-/* Heads, sequences, lengths and pages of one problem. */
+/* Heads, contexts, lengths and pages of one problem. */
 struct shape {
-    uint32_t head_dim, n_heads, n_kv_heads, n_sequences, n_tokens, page_tiles, sequence_pages, x_type;
+    uint32_t head_dim, n_heads, n_kv_heads, n_contexts, n_tokens, page_tiles, context_pages, x_type;
     ksort_format k, v;
     bool has_page_table;
-    std::vector<int32_t> n_cached, n_new; /* [n_sequences] */
+    std::vector<int32_t> n_cached, n_new; /* [n_contexts] */
 
-    uint32_t capacity() const { return sequence_pages * page_tiles * KSORT_TILE_TOKENS; }
+    uint32_t capacity() const { return context_pages * page_tiles * KSORT_TILE_TOKENS; }
     uint32_t most_slots() const {
         int32_t most = 1;
-        for (uint32_t s = 0; s < n_sequences; s++) most = std::max(most, n_cached[s] + n_new[s]);
+        for (uint32_t s = 0; s < n_contexts; s++) most = std::max(most, n_cached[s] + n_new[s]);
         return (uint32_t)most;
     }
 };
@@ -110,13 +110,13 @@ inline shape random_shape(rng *r, uint32_t index, uint32_t most_tokens) {
     p.v = random_format(r, v_types[index % 4], v_types[index % 4], p.head_dim);
     p.n_kv_heads = rng_between(r, 1, 3);
     p.n_heads = p.n_kv_heads * pick(r, groups);
-    p.n_sequences = rng_between(r, 1, 4);
+    p.n_contexts = rng_between(r, 1, 4);
     p.page_tiles = rng_between(r, 1, 3);
-    p.sequence_pages = index % 8 == 0 ? rng_between(r, 6, 12) : rng_between(r, 1, 4);
+    p.context_pages = index % 8 == 0 ? rng_between(r, 6, 12) : rng_between(r, 1, 4);
     p.has_page_table = coin(r);
     p.x_type = rng_between(r, KSORT_F32, KSORT_BF16);
     p.n_tokens = std::min(rng_between(r, 1, most_tokens), p.capacity());
-    for (uint32_t s = 0; s < p.n_sequences; s++) {
+    for (uint32_t s = 0; s < p.n_contexts; s++) {
         p.n_new.push_back((int32_t)(rng_next(r) >> 62 ? p.n_tokens : rng_between(r, 0, p.n_tokens)));
         p.n_cached.push_back(random_length(r, p.capacity() - (uint32_t)p.n_new[s]));
     }
@@ -135,9 +135,9 @@ public:
         cache.tile_stride = heads_inside ? p.n_kv_heads * inner : inner;
         cache.head_stride = heads_inside ? inner : p.page_tiles * inner;
         cache.page_stride = (size_t)p.page_tiles * p.n_kv_heads * inner + gap;
-        cache.sequence_pages = p.sequence_pages, cache.page_tiles = p.page_tiles;
-        cache.n_sequences = p.n_sequences, cache.n_kv_heads = p.n_kv_heads;
-        uint32_t n_entries = p.n_sequences * p.sequence_pages, n_pages = n_entries + (p.has_page_table ? 2 : 0);
+        cache.context_pages = p.context_pages, cache.page_tiles = p.page_tiles;
+        cache.n_contexts = p.n_contexts, cache.n_kv_heads = p.n_kv_heads;
+        uint32_t n_entries = p.n_contexts * p.context_pages, n_pages = n_entries + (p.has_page_table ? 2 : 0);
         std::vector<uint16_t> order = random_permutation(r, n_pages);
         for (uint32_t i = 0; i < n_entries; i++) pages.push_back(p.has_page_table ? order[i] : (int32_t)i);
         bytes.resize(n_pages * cache.page_stride);
@@ -162,8 +162,8 @@ public:
     bool device_has_same_bytes() const { return memcmp(device.read().data(), tiles.get(), bytes.size()) == 0; }
 
     /* One tile of one head, on the host, as a cache of its own. */
-    ksort_cache tile_view(uint32_t sequence, uint32_t tile, uint32_t kv_head) const {
-        size_t page = (size_t)pages[sequence * cache.sequence_pages + tile / cache.page_tiles];
+    ksort_cache tile_view(uint32_t context, uint32_t tile, uint32_t kv_head) const {
+        size_t page = (size_t)pages[context * cache.context_pages + tile / cache.page_tiles];
         size_t at = page * cache.page_stride + tile % cache.page_tiles * cache.tile_stride +
                     kv_head * cache.head_stride;
         return {sizeof(ksort_cache), cache.format, tiles.get() + at, tile_bytes, tile_bytes, KSORT_TILE_TOKENS, 1};
@@ -177,10 +177,10 @@ private:
     std::vector<int32_t> reached(const shape &p) const {
         std::vector<int32_t> entries = pages;
         uint32_t page_slots = p.page_tiles * KSORT_TILE_TOKENS;
-        for (uint32_t s = 0; s < p.n_sequences; s++)
-            for (uint32_t i = 0; i < p.sequence_pages; i++)
+        for (uint32_t s = 0; s < p.n_contexts; s++)
+            for (uint32_t i = 0; i < p.context_pages; i++)
                 if (i * page_slots >= (uint32_t)(p.n_cached[s] + p.n_new[s]))
-                    entries[s * p.sequence_pages + i] = 1 << 30;
+                    entries[s * p.context_pages + i] = 1 << 30;
         return entries;
     }
 
@@ -194,110 +194,11 @@ private:
     device_array<int32_t> page_table;
 };
 
-/* RoPE of real angles, with channels of every head in an order of its own as a K plan has them. */
-class rope_tables {
-public:
-    rope_tables(rng *r, const shape &p, uint32_t n_positions) : head_dim(p.head_dim) {
-        uint32_t n = p.n_kv_heads * head_dim, n_rot = 2 * rng_between(r, 1, head_dim / 2);
-        uint32_t n_unused = rng_between(r, 0, 3) == 0 ? rng_between(r, 1, head_dim) : 0; /* frequencies */
-        uint32_t n_frequencies = n_rot / 2 + n_unused;
-        std::vector<uint16_t> stock_partner(n), stock_frequency(n);
-        std::vector<int8_t> stock_sign(n);
-        fill_rope_tables(stock_partner.data(), stock_sign.data(), stock_frequency.data(), p.n_kv_heads, head_dim,
-                         n_rot);
-        partner.resize(n), frequency.resize(n), sign.resize(n);
-        for (uint32_t h = 0; h < p.n_kv_heads; h++) {
-            std::vector<uint16_t> place = random_permutation(r, head_dim);
-            for (uint32_t c = 0; c < head_dim; c++) {
-                uint32_t from = h * head_dim + c, to = h * head_dim + place[c];
-                partner[to] = place[stock_partner[from]];
-                sign[to] = stock_sign[from], frequency[to] = stock_frequency[from];
-            }
-        }
-        for (uint32_t t = 0; t < n_positions; t++)
-            for (uint32_t f = 0; f < n_frequencies; f++) {
-                double angle = t * std::pow(10000.0, -2.0 * f / n_rot), length = f < n_rot / 2 ? 1.0 : 1.5;
-                cos.push_back((float)(length * std::cos(angle))), sin.push_back((float)(length * std::sin(angle)));
-            }
-        uint32_t before = rng_between(r, 0, 3) == 0 ? 1 : 0; /* elements, so that a table is aligned to one only */
-        d_partner = device_array<uint16_t>(moved(partner, before));
-        d_frequency = device_array<uint16_t>(moved(frequency, before));
-        d_sign = device_array<int8_t>(moved(sign, before));
-        d_cos = device_array<float>(cos), d_sin = device_array<float>(sin);
-        device = {sizeof device, n_frequencies, d_partner.data + before, d_sign.data + before};
-        device.frequency = d_frequency.data + before, device.cos = d_cos.data, device.sin = d_sin.data;
-    }
-
-    /* For the CPU library: one KV head, rows of cos and sin from `position` on. */
-    ksort_rope of_head(uint32_t h, uint32_t position) const {
-        size_t at = (size_t)h * head_dim, row = (size_t)position * device.n_frequencies;
-        return {sizeof(ksort_rope), device.n_frequencies, &partner[at], &sign[at], &frequency[at],
-                &cos[row],          &sin[row]};
-    }
-
-    ksort_rope device;
-
-private:
-    template <typename T>
-    static std::vector<T> moved(std::vector<T> table, uint32_t before) {
-        table.insert(table.begin(), before, T(0));
-        return table;
-    }
-
-    uint32_t head_dim;
-    std::vector<uint16_t> partner, frequency;
-    std::vector<int8_t> sign;
-    std::vector<float> cos, sin;
-    device_array<uint16_t> d_partner, d_frequency;
-    device_array<int8_t> d_sign;
-    device_array<float> d_cos, d_sin;
-};
-
-/* Some of the steps of a transform, or none of them. */
-class transform_tables {
-public:
-    transform_tables(rng *r, const shape &p) : head_dim(p.head_dim) {
-        size_t n = (size_t)p.n_kv_heads * head_dim;
-        for (size_t i = 0; i < n; i++) shift.push_back(rng_normal(r)), scale.push_back(std::exp(rng_normal(r)));
-        for (size_t i = 0; i < n * head_dim; i++) feedback.push_back(0.2f * rng_float(r));
-        for (uint32_t h = 0; h < p.n_kv_heads; h++)
-            for (uint16_t place : random_permutation(r, head_dim)) sequence.push_back(place);
-        d_shift = device_array<float>(shift), d_scale = device_array<float>(scale);
-        d_feedback = device_array<float>(feedback), d_sequence = device_array<uint16_t>(sequence);
-        device = {sizeof device,
-                  coin(r) ? d_shift.data : nullptr,
-                  coin(r) ? d_scale.data : nullptr,
-                  coin(r) ? d_feedback.data : nullptr,
-                  coin(r) ? 1u : 0u,
-                  coin(r) ? d_sequence.data : nullptr};
-    }
-
-    /* For the CPU library: one KV head. */
-    ksort_transform of_head(uint32_t h) const {
-        size_t at = (size_t)h * head_dim;
-        return {sizeof(ksort_transform),
-                device.shift ? &shift[at] : nullptr,
-                device.scale ? &scale[at] : nullptr,
-                device.feedback ? &feedback[at * head_dim] : nullptr,
-                device.rotate,
-                device.sequence ? &sequence[at] : nullptr};
-    }
-
-    ksort_transform device;
-
-private:
-    uint32_t head_dim;
-    std::vector<float> shift, scale, feedback;
-    std::vector<uint16_t> sequence;
-    device_array<float> d_shift, d_scale, d_feedback;
-    device_array<uint16_t> d_sequence;
-};
-
 /* The tokens of a call, on the device. */
 struct device_tokens {
     explicit device_tokens(const shape &p)
         : n_cached(p.n_cached), n_new(p.n_new), status(std::vector<int32_t>(1, KSORT_OK)),
-          tokens{sizeof tokens, n_cached.data, n_new.data, p.n_sequences, p.n_tokens, p.capacity(), status.data} {}
+          tokens{sizeof tokens, n_cached.data, n_new.data, p.n_contexts, p.n_tokens, p.capacity(), status.data} {}
 
     /* After all that was enqueued. */
     int32_t read_status() const {
@@ -311,7 +212,7 @@ struct device_tokens {
 
 /* Groups of checks. */
 void check_arguments();              /* statuses of arguments: needs no device */
-void check_device_statuses(rng *r);  /* what kernels tell */
+void check_device_statuses(rng *r);  /* what kernels report */
 void compare_captured_steps(rng *r); /* a step in a CUDA graph */
 
 #endif /* KSORT_TEST_CUDA_SUPPORT_H */

@@ -20,10 +20,10 @@ static void expect(bool ok, const char *what, uint32_t index, const shape &p) {
     n_failures++;
     fprintf(stderr,
             "failed: %s, problem %u: head_dim %u, %u/%u heads, k type %u blocks %u, v type %u blocks %u, x type %u, "
-            "%u sequences of up to %u new tokens, %s\n",
+            "%u contexts of up to %u new tokens, %s\n",
             what, index, p.head_dim, p.n_heads, p.n_kv_heads, p.k.type, p.k.block_size, p.v.type, p.v.block_size,
-            p.x_type, p.n_sequences, p.n_tokens, p.has_page_table ? "page table" : "no page table");
-    for (uint32_t s = 0; s < p.n_sequences; s++) fprintf(stderr, "    cached %d, new %d\n", p.n_cached[s], p.n_new[s]);
+            p.x_type, p.n_contexts, p.n_tokens, p.has_page_table ? "page table" : "no page table");
+    for (uint32_t s = 0; s < p.n_contexts; s++) fprintf(stderr, "    cached %d, new %d\n", p.n_cached[s], p.n_new[s]);
 }
 
 static bool all_are_new(const shape &p) {
@@ -34,7 +34,7 @@ static bool all_are_new(const shape &p) {
 template <typename F>
 static void fill_rows(token_rows *x, const shape &p, uint32_t n_heads, F fill) {
     std::vector<float> head(p.head_dim);
-    for (uint32_t s = 0; s < p.n_sequences; s++)
+    for (uint32_t s = 0; s < p.n_contexts; s++)
         for (int32_t t = 0; t < p.n_new[s]; t++)
             for (uint32_t h = 0; h < n_heads; h++) {
                 fill(head);
@@ -85,18 +85,18 @@ static void compare_pack(rng *r, uint32_t index) {
     args.k_transform = k_steps.transform ? &k_tables.device : nullptr;
     args.v_transform = v_steps.transform ? &v_tables.device : nullptr;
     args.k_x = k_x.device.data, args.v_x = v_x.device.data;
-    args.token_stride = strides.token, args.sequence_stride = strides.sequence, args.x_type = p.x_type;
+    args.token_stride = strides.token, args.context_stride = strides.context, args.x_type = p.x_type;
     CHECK_OK(ksort_cuda_pack(&args, nullptr));
     expect(tokens.read_status() == std::max(k_status, v_status), "pack: status", index, p);
     expect(k.device_has_same_bytes(), "pack: bytes of keys", index, p);
     expect(v.device_has_same_bytes(), "pack: bytes of values", index, p);
 }
 
-/* Every slot of every sequence, packed by the CPU library: channels of different size, outliers among them. */
+/* Every slot of every context, packed by the CPU library: channels of different size, outliers among them. */
 static void fill_cache(rng *r, const paged_cache &cache, const shape &p, const steps &steps, float size) {
     std::vector<float> factors(p.head_dim), head(p.head_dim);
     for (float &factor : factors) factor = size * std::exp(rng_normal(r));
-    for (uint32_t s = 0; s < p.n_sequences; s++)
+    for (uint32_t s = 0; s < p.n_contexts; s++)
         for (int32_t slot = 0; slot < p.n_cached[s] + p.n_new[s]; slot++)
             for (uint32_t h = 0; h < p.n_kv_heads; h++) {
                 for (uint32_t c = 0; c < p.head_dim; c++) head[c] = rng_normal(r) * factors[c];
@@ -114,7 +114,7 @@ struct attend_problem {
     float scale;
 };
 
-/* Slots begin .. end-1 that token t of sequence s sees. */
+/* Slots begin .. end-1 that token t of context s sees. */
 struct seen_slots {
     seen_slots(const attend_problem &a, uint32_t s, uint32_t t)
         : end((uint32_t)a.p.n_cached[s] + t + 1), begin(a.window && end > a.window ? end - a.window : 0) {}
@@ -160,7 +160,7 @@ static error_shares shares_of_row(const attend_problem &a, uint32_t s, uint32_t 
 }
 
 static bool all_are_finite(const token_rows &out, const shape &p) {
-    for (uint32_t s = 0; s < p.n_sequences; s++)
+    for (uint32_t s = 0; s < p.n_contexts; s++)
         for (int32_t t = 0; t < p.n_new[s]; t++)
             for (size_t i = 0; i < (size_t)p.n_heads * p.head_dim; i++)
                 if (!std::isfinite(out.get(s, (uint32_t)t, i))) return false;
@@ -171,7 +171,7 @@ static bool all_are_finite(const token_rows &out, const shape &p) {
 static error_shares compare_rows(rng *r, const attend_problem &a) {
     const shape &p = a.p;
     error_shares shares;
-    for (uint32_t s = 0; s < p.n_sequences; s++)
+    for (uint32_t s = 0; s < p.n_contexts; s++)
         for (uint32_t h = 0; h < p.n_kv_heads && p.n_new[s] > 0; h++) {
             uint32_t n_slots = (uint32_t)(p.n_cached[s] + p.n_new[s]), group = p.n_heads / p.n_kv_heads;
             std::vector<float> k = unpack_on_cpu(a.k, s, h, n_slots), v = unpack_on_cpu(a.v, s, h, n_slots);
@@ -191,9 +191,9 @@ static float random_value_size(rng *r, const shape &p) {
     return (has_f16 ? of_f16 : of_others)[rng_between(r, 0, 2)];
 }
 
-/* Lets the new tokens of a sequence begin with short rows and end with long ones, where its pages hold as many. */
+/* Lets the new tokens of a context begin with short rows and end with long ones, where its pages hold as many. */
 static void cross_short_slots(rng *r, shape *p) {
-    uint32_t s = rng_between(r, 0, p->n_sequences - 1), n_new = (uint32_t)p->n_new[s];
+    uint32_t s = rng_between(r, 0, p->n_contexts - 1), n_new = (uint32_t)p->n_new[s];
     uint32_t n_cached = SHORT_SLOTS - std::min(SHORT_SLOTS, rng_between(r, 0, n_new));
     if (n_cached + n_new <= p->capacity()) p->n_cached[s] = (int32_t)n_cached;
 }
@@ -223,8 +223,8 @@ static error_shares compare_attend(rng *r, uint32_t index, uint32_t most_tokens)
     args.k_transform = k_steps.transform ? &k_tables.device : nullptr;
     args.v_transform = v_steps.transform ? &v_tables.device : nullptr;
     args.q = q.device.data, args.out = out.device.data;
-    args.q_token_stride = q_strides.token, args.q_sequence_stride = q_strides.sequence;
-    args.out_token_stride = out_strides.token, args.out_sequence_stride = out_strides.sequence;
+    args.q_token_stride = q_strides.token, args.q_context_stride = q_strides.context;
+    args.out_token_stride = out_strides.token, args.out_context_stride = out_strides.context;
     args.x_type = p.x_type, args.n_heads = p.n_heads;
     args.window = coin(r) ? rng_between(r, 1, p.most_slots() + 10) : 0;
     args.max_slots = rng_between(r, p.most_slots(), p.capacity());
