@@ -2,6 +2,6 @@
 
 import sys
 
-from ksort_gguf.cli import main
+from ksort_gguf.cli.main import main
 
 sys.exit(main())

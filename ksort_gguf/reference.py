@@ -3,7 +3,12 @@
 Shapes: a head has d channels, a cache T tokens. Stored bytes are uint8 arrays.
 """
 
+from typing import TYPE_CHECKING
+
 import numpy as np
+
+if TYPE_CHECKING:
+    from ksort_gguf.kvplan import Transform
 
 TILE_TOKENS = 64
 STRIP_TOKENS = 16
@@ -56,6 +61,11 @@ def round_blocks(x: np.ndarray, type_name: str, block_size: int) -> np.ndarray:
 # --- Transforms: shift, scale, rotate, and rounding with feedback ---
 
 
+def reorder(x: np.ndarray, permutation: np.ndarray) -> np.ndarray:
+    """x [T, heads, d] with channel permutation[h, i] at place i of head h; permutation int [heads, d]."""
+    return np.take_along_axis(x, permutation[None], axis=2)
+
+
 def rotate(x: np.ndarray) -> np.ndarray:
     """The orthonormal Walsh-Hadamard transform W x of float32 x [..., d], its own inverse; float32 additions.
 
@@ -74,33 +84,32 @@ def rotate(x: np.ndarray) -> np.ndarray:
     return np.concatenate(parts, axis=-1)
 
 
-def transform_keys(x: np.ndarray, transform) -> np.ndarray:
+def transform_keys(x: np.ndarray, transform: "Transform") -> np.ndarray:
     """Keys or values float32 x [T, n_kv_heads, d] (keys after RoPE) as they are rounded, before feedback.
 
-    transform: a plan's Transform (plan/kplan.py); so below.
+    transform: a plan's Transform (kvplan.py); so below.
     """
     y = x if transform.shift is None else x - transform.shift
     y = y if transform.scale is None else y * transform.scale
     y = rotate(y) if transform.rotate else y
-    return y if transform.sequence is None else np.take_along_axis(y, transform.sequence[None], axis=2)
+    return y if transform.permutation is None else reorder(y, transform.permutation)
 
 
-def transform_queries(q: np.ndarray, transform) -> np.ndarray:
+def transform_queries(q: np.ndarray, transform: "Transform") -> np.ndarray:
     """float32 q [T, n_heads, d] after RoPE -> what multiplies transformed keys, before its own rounding."""
     if transform.scale is not None:
         q = q / np.repeat(transform.scale, q.shape[1] // len(transform.scale), axis=0)
     q = rotate(q) if transform.rotate else q
-    if transform.sequence is not None:
-        sequence = np.repeat(transform.sequence, q.shape[1] // len(transform.sequence), axis=0)
-        q = np.take_along_axis(q, sequence[None], axis=2)
+    if transform.permutation is not None:
+        q = reorder(q, np.repeat(transform.permutation, q.shape[1] // len(transform.permutation), axis=0))
     return q
 
 
-def restore_values(out: np.ndarray, transform) -> np.ndarray:
+def restore_values(out: np.ndarray, transform: "Transform") -> np.ndarray:
     """Attention's output float32 [T, n_heads, d] over transformed values -> over the values themselves."""
-    if transform.sequence is not None:
-        places = np.argsort(transform.sequence, axis=1)
-        out = np.take_along_axis(out, np.repeat(places, out.shape[1] // len(places), axis=0)[None], axis=2)
+    if transform.permutation is not None:
+        places = np.argsort(transform.permutation, axis=1)
+        out = reorder(out, np.repeat(places, out.shape[1] // len(places), axis=0))
     out = rotate(out) if transform.rotate else out
     for name in ("scale", "shift"):
         if (table := getattr(transform, name)) is not None:
@@ -109,7 +118,9 @@ def restore_values(out: np.ndarray, transform) -> np.ndarray:
     return out
 
 
-def encode_transformed(y: np.ndarray, mantissa_bits: int, block_size: int, feedback: np.ndarray | None):
+def encode_transformed(
+    y: np.ndarray, mantissa_bits: int, block_size: int, feedback: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
     """The encoder of transformed heads: float32 y [T, heads, d] -> mantissas int8 [T, heads, d], exponents uint8.
 
     feedback: float32 [heads, d, d] or None. All arithmetic is float32, each operation rounded. Raises ValueError on NaN
@@ -119,13 +130,8 @@ def encode_transformed(y: np.ndarray, mantissa_bits: int, block_size: int, feedb
         raise ValueError("NaN or infinity cannot be stored")
     low, high = np.float32(-(2 ** (mantissa_bits - 1))), np.float32(2 ** (mantissa_bits - 1) - 1)
     y = y.astype(np.float32)
-    exponents = np.stack(
-        [
-            _least_error_exponent(y[..., start : start + block_size], mantissa_bits, low, high)
-            for start in range(0, y.shape[-1], block_size)
-        ],
-        axis=-1,
-    )
+    blocks = (y[..., start : start + block_size] for start in range(0, y.shape[-1], block_size))
+    exponents = np.stack([_least_error_exponent(block, mantissa_bits, low, high) for block in blocks], axis=-1)
     mantissas = np.zeros(y.shape, np.int8)
     for c in range(y.shape[-1]):
         exponent = exponents[..., c // block_size].astype(np.int32)
@@ -139,7 +145,7 @@ def encode_transformed(y: np.ndarray, mantissa_bits: int, block_size: int, feedb
     return mantissas, exponents
 
 
-def _least_error_exponent(block: np.ndarray, mantissa_bits: int, low, high) -> np.ndarray:
+def _least_error_exponent(block: np.ndarray, mantissa_bits: int, low: np.float32, high: np.float32) -> np.ndarray:
     """float32 block [..., n] -> stored exponents uint8 [...]: floor(log2 of the largest), or one less.
 
     One less where that lowers the sum of squared errors of nearest rounding, and is not below 1. The sum is of 16
@@ -259,17 +265,19 @@ def unpack_tile(tile: np.ndarray, type_name: str, head_dim: int, block_size: int
 # --- Attention ---
 
 
-def rope(x: np.ndarray, partner, sign, frequency, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
+def rope(
+    x: np.ndarray, partner: np.ndarray, sign: np.ndarray, frequency: np.ndarray, cos: np.ndarray, sin: np.ndarray
+) -> np.ndarray:
     """Rotary embedding in folded order, each product and the sum rounded to float32 as the library does.
 
-    x float32 [T, heads, d]; tables [heads, d] (families/rope.py); cos, sin float32 [T, n_frequencies].
+    x float32 [T, heads, d]; tables [heads, d] (models/rope.py); cos, sin float32 [T, n_frequencies].
     """
     head = np.arange(x.shape[1])[:, None]
     turned = x * cos[:, frequency] + sign.astype(np.float32) * x[:, head, partner.astype(np.intp)] * sin[:, frequency]
     return np.where(sign == 0, x, turned).astype(np.float32)
 
 
-def attend(k, v, q, first_slot: int, scale: float, window: int = 0) -> np.ndarray:
+def attend(k: np.ndarray, v: np.ndarray, q: np.ndarray, first_slot: int, scale: float, window: int = 0) -> np.ndarray:
     """softmax(scale q k^T) v in float64: causal, `window` slots back (0: all). Returns float64 [n_queries, n_heads, d].
 
     k, v [T, n_kv_heads, d] and q [n_queries, n_heads, d] are values as decoded, q after RoPE and rounding. Query i

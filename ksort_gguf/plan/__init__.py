@@ -1,1 +1,1 @@
-"""The K plan: how it is found (rank), applied to weights (fold) and stored (plan_file)."""
+"""Making a KV plan for a model, storing it, and converting with it."""

@@ -7,7 +7,8 @@ feedback then rounds to where queries look least. Moments are in stock row order
 
 import numpy as np
 
-from ksort_gguf.plan.kplan import VALUE_STEPS, Transform
+from ksort_gguf.kvplan import Transform
+from ksort_gguf.names import VALUE_STEPS
 from ksort_gguf.plan.moments import LayerMoments
 from ksort_gguf.reference import rotate
 
@@ -53,19 +54,19 @@ def _reorder(matrices: np.ndarray, order: np.ndarray) -> np.ndarray:
 def _transform(steps: tuple[str, ...], shift: np.ndarray, variance: np.ndarray, metric: np.ndarray) -> Transform:
     """shift, variance: [heads, d]; metric: [heads, d, d], the cost e^T metric e of an error e."""
     scale = _scales(variance) if "scale" in steps else np.ones_like(variance)
-    sequence = feedback = None
+    permutation = feedback = None
     if "feedback" in steps:
         metric = metric / scale[:, :, None] / scale[:, None, :]
         if "rotate" in steps:
             metric = _rotated(metric)
-        # The dearest channels first, while there are many left to take their error (GPTQ's "act-order").
-        sequence = np.argsort(-np.einsum("hcc->hc", metric), axis=1, kind="stable").astype(np.int32)
-        feedback = feedback_of(_reorder(metric, sequence))
+        # The costliest channels first, while there are many left to take their error (GPTQ's "act-order").
+        permutation = np.argsort(-np.einsum("hcc->hc", metric), axis=1, kind="stable").astype(np.int32)
+        feedback = feedback_of(_reorder(metric, permutation))
     return Transform(
         shift=shift.astype(np.float32) if "shift" in steps else None,
         scale=scale.astype(np.float32) if "scale" in steps else None,
         rotate="rotate" in steps,
-        sequence=sequence,
+        permutation=permutation,
         feedback=feedback,
     )
 

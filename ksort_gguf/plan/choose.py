@@ -10,13 +10,20 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ksort_gguf.plan.kplan import Transform
-from ksort_gguf.reference import decode_blocks, encode_blocks, encode_transformed, restore_values, transform_keys
+from ksort_gguf.kvplan import Transform
+from ksort_gguf.reference import (
+    decode_blocks,
+    encode_blocks,
+    encode_transformed,
+    reorder,
+    restore_values,
+    transform_keys,
+)
 
 MANTISSA_BITS = 4  # BFP12
 NO_GAIN = 0.99  # a plan whose expected error is more of that without a plan does not help
 # A head stays unsorted where its expected error is more of that without: from text, or from the weights alone, which
-# tell less well how far channels stand out.
+# say less well how far channels stand out.
 HARM = {"text": 1.0, "weights": 1.1}
 
 
@@ -34,7 +41,7 @@ class Trial:
 
         order: int [n_kv_heads, d] or None; transform: in folded order, or None for the nearest encoder alone.
         """
-        folded = self.samples if order is None else np.take_along_axis(self.samples, order[None], axis=2)
+        folded = self.samples if order is None else reorder(self.samples, order)
         if transform is None:
             encoded = encode_blocks(folded, MANTISSA_BITS, self.block_size)
             restored = decode_blocks(*encoded, MANTISSA_BITS, self.block_size)
@@ -43,7 +50,7 @@ class Trial:
             encoded = encode_transformed(y, MANTISSA_BITS, self.block_size, transform.feedback)
             restored = restore_values(decode_blocks(*encoded, MANTISSA_BITS, self.block_size), transform)
         if order is not None:
-            restored = np.take_along_axis(restored, np.argsort(order, axis=1)[None], axis=2)
+            restored = reorder(restored, np.argsort(order, axis=1))
         error = (restored - self.samples).astype(np.float64).swapaxes(0, 1)  # [n_kv_heads, n, d]
         return ((error @ self.metric) * error).sum(axis=2).mean(axis=1)
 
@@ -71,7 +78,7 @@ def best_transform(
     One of shift, scale and feedback may be left out then, or all; `rotate` not, as it is the same for all layers.
     Returns also the names of the steps left out.
     """
-    tables = [name for name in ("shift", "scale", "feedback") if name in steps]
+    tables: list[str] = [name for name in ("shift", "scale", "feedback") if name in steps]
 
     def without(names: list[str]) -> tuple[float, Transform]:
         transform = make(tuple(step for step in steps if step not in names))
@@ -80,7 +87,7 @@ def best_transform(
     error, transform = without([])
     if error <= 1:
         return transform, []
-    choices = [[], *([name] for name in tables), tables]
+    choices: list[list[str]] = [[], *([name] for name in tables), tables]
     tried = [without(names) for names in choices]
     best = min(range(len(choices)), key=lambda i: tried[i][0])
     return tried[best][1], choices[best]

@@ -1,28 +1,33 @@
 """Making a plan for a stock model: its steps, from text or from the weights alone, checked layer by layer."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from tqdm import tqdm
 
-from ksort_gguf.cache_types import CALIBRATE_TOKENS, DEFAULT_RANK, RANKS, check_block_size, default_block_size
-from ksort_gguf.errors import KsortError
+from ksort_gguf.errors import KsortError, PlanError
+from ksort_gguf.kvplan import KVPlan, Transform, Transforms, has_run_time_steps, parse_plan
+from ksort_gguf.models.source import Source
+from ksort_gguf.models.spec import Attention
+from ksort_gguf.names import DEFAULT_RANK, RANKS, RUN_TIME_STEPS, VALUE_STEPS, check_block_size, default_block_size
 from ksort_gguf.plan.balance import key_transform, value_metric, value_transform
-from ksort_gguf.plan.calibrate import calibration_windows
 from ksort_gguf.plan.choose import HARM, NO_GAIN, Trial, best_transform, checked_order
-from ksort_gguf.plan.kplan import RUN_TIME_STEPS, VALUE_STEPS, KPlan, Transform, Transforms, parse_plan
-from ksort_gguf.plan.moments import LayerMoments, moments_of_text
+from ksort_gguf.plan.moments import MAX_POSITIONS, LayerMoments
 from ksort_gguf.plan.rank import layer_order, weights_hash
-from ksort_gguf.plan.weight_moments import MAX_POSITIONS, moments_of_weights
-from ksort_gguf.sources.base import Source
+from ksort_gguf.plan.weight_moments import moments_of_weights
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Text that a plan is made from, and how many of its tokens are used."""
+    """Text that a plan is made from.
 
-    text: str
-    n_tokens: int = CALIBRATE_TOKENS
+    tokenize(source, window): token ids of the text in windows of `window` tokens, or raises KsortError. n_tokens: the
+    most that is used.
+    """
+
+    tokenize: Callable[[Source, int, int], Sequence[Sequence[int]]]
+    n_tokens: int
 
 
 def make_plan(
@@ -32,7 +37,7 @@ def make_plan(
     rank: str | None = None,
     calibration: Calibration | None = None,
     block_size: int | None = None,
-) -> tuple[KPlan, list[str]]:
+) -> tuple[KVPlan, list[str]]:
     """A plan for a stock model, and notes on what was left out because it would have raised the expected error: at
     worst everything, and the plan has no steps. A note also says where a plan hardly helps.
 
@@ -45,25 +50,26 @@ def make_plan(
     check_request(plan, rank, calibration)
     name, steps = parse_plan(plan)
     rank = rank or DEFAULT_RANK
-    default = default_block_size(source.geometry.head_dim)
+    default = default_block_size(source.spec.min_head_dim)
     if block_size not in (None, default):  # the default is larger than the smallest heads, which take no blocks
-        check_block_size(block_size, source.geometry.head_dim)
-    if source.plan is not None:
-        raise KsortError(f"{source.path}: is folded already: make a plan from the stock model")
-    check_invariance(source, steps)
+        check_block_size(block_size or 0, source.spec.min_head_dim)
+    source.refuse_folded("make a plan from the stock model")
+    notes = []
+    if "order" in steps and (reason := why_unsorted(source)):
+        notes.append(f"the plan is left without order: {reason}")
+        name, steps = parse_plan(",".join(step for step in steps if step != "order") or "none")
     digest = weights_hash(source)
     maker = _Maker(source, steps, rank, calibration, block_size or default)
-    statistics = maker.run()
-    notes = []
+    statistics = maker.run() if steps else None
     for left_out in (("rotate",), RUN_TIME_STEPS, ("order",)):
-        if maker.key_error > 1 and set(left_out) & set(steps):
+        if steps and maker.key_error > 1 and set(left_out) & set(steps):
             dropped = ", ".join(step for step in steps if step in left_out)
             notes.append(f"the plan is left without {dropped}: it would raise the expected error")
             name, steps = parse_plan(",".join(step for step in steps if step not in left_out) or "none")
             maker = _Maker(source, steps, rank, calibration, maker.block_size)
-            statistics = maker.run()
+            statistics = maker.run() if steps else None
     if steps and maker.key_error > NO_GAIN:
-        better = "" if calibration else "add --calibrate, which tells better, or "
+        better = "" if calibration else "add `calibrate`, which says it better, or "
         notes.append(
             f"the plan hardly helps, its expected error is {maker.key_error:.1%} of that without one: "
             f"{better}compare both by `ksort-gguf perplexity`"
@@ -72,11 +78,11 @@ def make_plan(
     if values and maker.value_error > 1:
         notes.append("values are left without a plan: it would raise the expected error")
         values = Transforms()
-    made = KPlan(
+    made = KVPlan(
         name=name,
         steps=steps,
-        row_order=source.family.row_order,
-        base_architecture=source.family.name,
+        row_order=source.spec.row_order,
+        base_architecture=source.spec.architecture,
         weights_hash=digest,
         rank=rank if "order" in steps else None,
         statistics=statistics,
@@ -88,44 +94,47 @@ def make_plan(
 
 
 def check_request(plan: str, rank: str | None, calibration: Calibration | None) -> None:
-    """Raise KsortError for unknown names, a rank or a calibration that `plan` has no use for, and no tokens at all."""
+    """Raise PlanError for unknown names, a rank or a calibration that `plan` has no use for, and no tokens at all."""
     _, steps = parse_plan(plan)
     if rank is not None and rank not in RANKS:
-        raise KsortError(f"--rank {rank} is not one of {', '.join(RANKS)}")
+        raise PlanError(f"`rank` {rank} is not one of {', '.join(RANKS)}", field="rank")
     if rank is not None and "order" not in steps:
-        raise KsortError(f"--rank {rank}: plan {plan} does not sort: add the step order to --plan, or leave --rank out")
+        raise PlanError(
+            f"`rank` {rank}: plan {plan} does not sort: add the step order to `plan`, or leave `rank` out", field="rank"
+        )
     if calibration is not None and not steps:
-        raise KsortError(f"--calibrate: plan {plan} has nothing to calibrate: name a plan or some steps with --plan")
+        raise PlanError(
+            f"`calibrate`: plan {plan} has nothing to calibrate: name a plan or some steps with `plan`",
+            field="calibrate",
+        )
     if calibration is not None and calibration.n_tokens < 1:
-        raise KsortError(f"--calibrate-tokens {calibration.n_tokens} is not positive: pass a count of tokens")
+        raise PlanError(
+            f"`calibrate_tokens` {calibration.n_tokens} is not positive: pass a count of tokens",
+            field="calibrate_tokens",
+        )
 
 
-def check_invariance(source: Source, steps: tuple[str, ...]) -> None:
-    """Raise KsortError if one of `steps` would change what the model's attention computes."""
-    architecture = source.metadata["general.architecture"]
-    capping = source.metadata.get(f"{architecture}.attn_logit_softcapping")
-    sinks = next((name for name in source.tensors if "attn_sinks" in name), None)
-    for reason in (capping and "its attention scores are soft-capped", sinks and f"it has attention sinks ({sinks})"):
-        if reason and "shift" in steps:
-            raise KsortError(f"{source.path}: the step shift would change its attention: {reason}: leave shift out")
-    normed = next((name for name in source.tensors if "attn_k_norm" in name or "attn_q_norm" in name), None)
-    if normed and "order" in steps:
-        raise KsortError(f"{source.path}: the step order cannot be folded past the tensor {normed}: leave order out")
+def why_unsorted(source: Source) -> str | None:
+    """Why the step order cannot be folded into this model, or None where it can: it must not change its attention."""
+    for attention in source.spec.attentions:
+        for norm in (attention.q_norm, attention.k_norm):
+            if norm is not None:
+                return f"it cannot be folded past the gain {norm.gain}, which all heads share"
+    return None
 
 
 class _Tables:
     """The tables of Transforms while layers come in."""
 
-    def __init__(self):
-        self._tables = {"shift": {}, "scale": {}, "sequence": {}, "feedback": {}}
+    def __init__(self) -> None:
+        self._tables: dict[str, dict[int, np.ndarray]] = {}
 
     def add(self, layer: int, transform: Transform) -> None:
-        for name, table in self._tables.items():
-            if (values := getattr(transform, name)) is not None:
-                table[layer] = values
+        for name, values in transform.tables().items():
+            self._tables.setdefault(name, {})[layer] = values
 
     def result(self, rotate: bool) -> Transforms:
-        return Transforms(rotate, **self._tables)
+        return Transforms(rotate, self._tables)
 
 
 class _Maker:
@@ -158,22 +167,24 @@ class _Maker:
         """What was left out of single layers and heads."""
         if not self._unsorted:
             return self._notes
-        count = f"{len(self._unsorted)} of {self._source.geometry.n_kv_heads * len(self.orders)}"
+        count = f"{len(self._unsorted)} of {sum(map(len, self.orders))}"
         heads = " ".join(self._unsorted)
         note = f"{count} key heads are left unsorted: the expected error is smaller so (layer.head: {heads})"
         return [note, *self._notes]
 
     def run(self) -> str:
         """Make all layers. Returns what they were made from, for KPlan.statistics."""
-        g = self._source.geometry
+        spec = self._source.spec
         if self._calibration is None:
-            with tqdm(total=g.n_layers, desc="planning", unit="layer", disable=None) as bar:
+            with tqdm(total=spec.n_layers, desc="planning", unit="layer", disable=None) as bar:
                 moments_of_weights(self._source, self.add, bar.update)
             return "weights"
-        text, n_tokens = self._calibration.text, self._calibration.n_tokens
-        window = min(g.context_length, MAX_POSITIONS, n_tokens)
-        windows = calibration_windows(self._source.metadata, str(self._source.path), text, n_tokens, window)
-        with tqdm(total=g.n_layers * len(windows), desc="calibrating", unit="step", disable=None) as bar:
+        from ksort_gguf.plan.text_moments import moments_of_text  # torch comes with it
+
+        n_tokens = self._calibration.n_tokens
+        window = min(spec.context_length, MAX_POSITIONS, n_tokens)
+        windows = self._calibration.tokenize(self._source, n_tokens, window)
+        with tqdm(total=spec.n_layers * len(windows), desc="calibrating", unit="step", disable=None) as bar:
             moments_of_text(self._source, windows, self.add, bar.update)
         return f"text of {len(windows) * window} tokens in windows of {window}"
 
@@ -187,7 +198,7 @@ class _Maker:
         trial = Trial(moments.keys, moments.q_second, self.block_size)
         order = self._order(layer, moments, trial) if "order" in self._steps else None
         transform = None
-        if set(self._steps) & set(RUN_TIME_STEPS):
+        if has_run_time_steps(self._steps):
             transform, left_out = best_transform(
                 trial, order, self._steps, lambda steps: key_transform(moments, steps, order)
             )
@@ -205,9 +216,7 @@ class _Maker:
         return order
 
     def _add_values(self, layer: int, moments: LayerMoments, steps: tuple[str, ...]) -> None:
-        g = self._source.geometry
-        output = self._source.tensor(f"blk.{layer}.attn_output.weight").read_finite_f32()
-        metric = value_metric(output, g.n_kv_heads, g.head_dim)
+        metric = value_metric(*_output_weight(self._source, self._source.spec.attentions[layer]))
         trial = Trial(moments.values, metric, self.block_size)
         transform, left_out = best_transform(trial, None, steps, lambda steps: value_transform(moments, metric, steps))
         self._note_left_out(layer, "values", left_out)
@@ -219,3 +228,8 @@ class _Maker:
             self._notes.append(
                 f"layer {layer}, {what}: left without {', '.join(steps)}: the expected error is smaller so"
             )
+
+
+def _output_weight(source: Source, attention: Attention) -> tuple[np.ndarray, int, int]:
+    """Wo, float32 [n_embd, n_heads * head_dim], the number of KV heads, and the head dimension."""
+    return source.tensor(attention.output.weight).read_finite_f32(), attention.n_kv_heads, attention.head_dim

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ksort_gguf.kvplan import KVPlan
+from ksort_gguf.models.source import Source
 from ksort_gguf.plan.fold import inverse_order
-from ksort_gguf.plan.rank import key_energies
-from ksort_gguf.sources.base import Source
+from ksort_gguf.plan.rank import key_energies, key_projection
 
 
 @dataclass(frozen=True)
@@ -22,37 +23,25 @@ class LayerStatistics:
     crest_sorted: float  # the same in the plan's order
 
 
-def layer_statistics(source: Source, block_size: int) -> Iterator[LayerStatistics]:
-    """Statistics of each layer in the order of the source's plan, or in that of the paper's. Raises KsortError.
+def layer_statistics(source: Source, plan: KVPlan | None, block_size: int) -> Iterator[LayerStatistics]:
+    """Statistics of each layer in the order of `plan`, that of a folded source, or in that of the paper's.
 
-    Norms are those that the plan ranked by; row norms of Wk where that was measured on keys.
+    Norms are those that the plan ranked by; row norms of Wk where that was measured on keys. Raises KsortError.
     """
-    plan = source.plan if _is_ordered(source) else None
-    rank = plan.rank if plan and plan.rank != "key-rms" else "weight-norm"
-    for layer in range(source.geometry.n_layers):
-        norms = np.sqrt(key_energies(source, layer, rank, *_stock_key_projection(source, layer)))
-        order = plan.order[layer] if plan else np.argsort(-norms, axis=1, kind="stable")
+    orders = None if plan is None else plan.order
+    rank = plan.rank if plan and plan.rank and plan.rank != "key-rms" else "weight-norm"
+    for layer, attention in enumerate(source.spec.attentions):
+        weight, bias = key_projection(source, attention)
+        if orders is not None:
+            rows = np.arange(attention.n_kv_heads)[:, None] * attention.head_dim + inverse_order(orders[layer])
+            weight, bias = weight[rows.reshape(-1)], None if bias is None else bias[rows.reshape(-1)]
+        norms = np.sqrt(key_energies(source, layer, rank, weight, bias))
+        order = np.argsort(-norms, axis=1, kind="stable") if orders is None else orders[layer]
         yield LayerStatistics(
             spread=float(np.mean(norms.max(axis=1) / np.maximum(np.median(norms, axis=1), np.finfo(float).tiny))),
             crest_stock=mean_crest(norms, block_size),
             crest_sorted=mean_crest(np.take_along_axis(norms, order, axis=1), block_size),
         )
-
-
-def _is_ordered(source: Source) -> bool:
-    return source.plan is not None and source.plan.order is not None
-
-
-def _stock_key_projection(source: Source, layer: int) -> tuple[np.ndarray, np.ndarray | None]:
-    """Weight and bias (or None) of a layer's key projection as float32, rows in stock order."""
-    weight_name, bias_name = source.family.k_tensors(layer)
-    weight = source.tensor(weight_name).read_finite_f32()
-    bias = source.tensors[bias_name].read_finite_f32() if bias_name in source.tensors else None
-    if not _is_ordered(source):
-        return weight, bias
-    n_kv_heads, head_dim = source.plan.order[layer].shape
-    rows = (np.arange(n_kv_heads)[:, None] * head_dim + inverse_order(source.plan.order[layer])).reshape(-1)
-    return weight[rows], None if bias is None else bias[rows]
 
 
 def mean_crest(norms: np.ndarray, block_size: int) -> float:

@@ -1,0 +1,1 @@
+"""The C libraries: ffi.py alone knows cffi, and raw addresses stay in this room."""

@@ -1,0 +1,1 @@
+"""Hugging Face checkpoints as they are: config, vocabulary, safetensors. Knows no families."""

@@ -1,1 +1,0 @@
-"""Subcommands: each file has `configure_parser(subparsers)` and `run(args)`, and imports what is heavy inside `run`."""

@@ -1,0 +1,1 @@
+"""Running a model for a user: tokenizer, sampling, sessions, chat, and the public LLM."""

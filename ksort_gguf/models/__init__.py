@@ -1,0 +1,1 @@
+"""Models: what an architecture is (spec.py, families/), where its tensors come from, and three interpreters of it."""

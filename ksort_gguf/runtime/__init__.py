@@ -1,1 +1,0 @@
-"""The runner: folded weights, packed KV cache, sampling, text."""
