@@ -30,5 +30,5 @@ def moments_of(k: np.ndarray, q: np.ndarray, v: np.ndarray | None = None) -> Lay
 
 def second(x: np.ndarray) -> np.ndarray:
     """E[x x^T] over x [n, heads, d]: float64 [heads, d, d]."""
-    x = x.astype(np.float64)
-    return np.einsum("nhc,nhd->hcd", x, x) / len(x)
+    heads = np.ascontiguousarray(x.transpose(1, 0, 2), np.float64)
+    return heads.swapaxes(1, 2) @ heads / len(x)

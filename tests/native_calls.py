@@ -3,9 +3,9 @@
 import numpy as np
 from native_support import new_cache, random_transform, rope_for
 
-from ksort_gguf import native, native_structs
+from ksort_gguf.binding import ffi, structs
 
-BINDING = native.loaded()
+BINDING = ffi.loaded()
 FFI, LIB = BINDING.ffi, BINDING.lib
 N_HEADS, N_KV_HEADS, HEAD_DIM, N_SLOTS = 4, 2, 36, 100  # 36: padded words, 3 blocks of 16
 
@@ -19,15 +19,15 @@ class Calls:
         self.v_cache, self.v_tiles = new_cache("f16", HEAD_DIM, 16, N_KV_HEADS, N_SLOTS)
         self.k, self.v = self.k_cache.struct, self.v_cache.struct
         _, rope = rope_for(rng, N_KV_HEADS, HEAD_DIM, 8, "half", 2)
-        self.rope_arrays = native_structs.Rope(BINDING, rope["rope"], (N_KV_HEADS, HEAD_DIM))
-        self.rope = self.rope_arrays.with_waves(rope["cos"], rope["sin"], 2).pointer
+        self.rope_arrays = structs.Rope(BINDING, rope["rope"], (N_KV_HEADS, HEAD_DIM))
+        self.rope = self.rope_arrays.with_positions(rope["cos"], rope["sin"], 2).pointer
         self.tables = random_transform(rng, N_KV_HEADS, HEAD_DIM)
         self.transform = BINDING.new("ksort_transform")
         self.transform.rotate = 1
         for name in ("shift", "scale", "feedback"):
             setattr(self.transform, name, BINDING.array("float *", getattr(self.tables, name)))
-        self.sequence = self.tables.sequence.astype(np.uint16)
-        self.transform.sequence = BINDING.array("uint16_t *", self.sequence)
+        self.permutation = self.tables.permutation.astype(np.uint16)
+        self.transform.permutation = BINDING.array("uint16_t *", self.permutation)
         self.x = rng.standard_normal((2, N_HEADS, HEAD_DIM)).astype(np.float32)
         self.out = np.full((2, N_HEADS, HEAD_DIM), -7, np.float32)
         self.pack = BINDING.new("ksort_pack_args")
@@ -43,7 +43,7 @@ class Calls:
         attend.query_type = LIB.KSORT_BFP16
         n_bytes = FFI.new("size_t *")
         assert LIB.ksort_attend_workspace_bytes(attend, 2, n_bytes) == LIB.KSORT_OK
-        self.workspace = native.aligned_buffer(n_bytes[0])
+        self.workspace = ffi.aligned_buffer(n_bytes[0])
         attend.workspace, attend.workspace_bytes = BINDING.array("void *", self.workspace), n_bytes[0]
 
     def run_pack(self) -> int:

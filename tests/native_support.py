@@ -1,27 +1,65 @@
-"""What the tests of libksort share: nasty inputs, caches in aligned memory, RoPE tables, d-Matrix's own cast."""
+"""What the tests of libksort share: nasty inputs, caches in aligned memory, RoPE tables, problems and their bounds."""
 
-import functools
-import importlib
-import importlib.metadata
-import importlib.util
-import sys
-import types
+import zlib
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import pytest
+from drawn_support import draw
 
-from ksort_gguf import native, reference
-from ksort_gguf.families.rope import RopeTables, folded_tables, stock_tables
-from ksort_gguf.plan.kplan import Transform
+from ksort_gguf import reference
+from ksort_gguf.binding import cpu, ffi
+from ksort_gguf.kvplan import RopeTables, Transform
+from ksort_gguf.models.rope import folded_tables, stock_tables
+from ksort_gguf.names import BLOCK_SIZES
 
 BFP_TYPES = tuple(reference.MANTISSA_BITS)
 FLOAT_TYPES = tuple(reference.FLOAT_BYTES)
 # head_dim, block_size: whole blocks, ragged last blocks, padded words, the smallest head, the largest
 BFP_SHAPES = (
-    *((16, 16), (18, 16), (64, 16), (64, 64), (80, 32), (80, 64)),
-    *((90, 16), (90, 64), (128, 32), (128, 128), (256, 128), (256, 16)),
+    *((16, 16), (18, 16), (34, 32), (64, 16), (64, 32), (64, 64), (80, 32), (80, 64), (90, 16), (90, 64), (96, 32)),
+    *((96, 64), (128, 32), (128, 128), (250, 64), (256, 128), (256, 16)),
 )
+FLOAT_HEAD_DIMS = (2, 6, 80, 90, 128, 256)
+
+
+def drawn(n_cases: int, /, **axes: Sequence) -> pytest.MarkDecorator:
+    """Parametrize a test by cases of these axes (drawn_support), each named by its values.
+
+    Every value of every axis comes up: an axis longer than `n_cases` is an error.
+    """
+    assert n_cases >= max(map(len, axes.values())), "some values would never be tried"
+    cases = draw(n_cases, *axes.values(), seed=zlib.crc32("".join(axes).encode()))
+    names = ["-".join(f"{axis}={_word(value)}" for axis, value in zip(axes, case, strict=True)) for case in cases]
+    return pytest.mark.parametrize(tuple(axes), cases, ids=[f"{i}-{name}" for i, name in enumerate(names)])
+
+
+def _word(value) -> str:
+    """A value of an axis in a test's name."""
+    if hasattr(value, "_asdict"):
+        return ",".join(f"{field}:{x}" for field, x in value._asdict().items())
+    if isinstance(value, tuple):
+        return "+".join(map(_word, value)) or "none"
+    return str(value)
+
+
+def random_formats(n: int, seed: int = 1) -> list[tuple[str, int, int]]:
+    """`n` cache formats (type, head_dim, block_size), all types alike: half of the shapes above, half any."""
+    rng = np.random.default_rng(seed)
+    known = {
+        True: draw(n, BFP_SHAPES, seed=seed),
+        False: draw(n, [(head_dim, 16) for head_dim in FLOAT_HEAD_DIMS], seed=seed),
+    }
+    formats = []
+    for i, (type_name,) in enumerate(draw(n, BFP_TYPES + FLOAT_TYPES, seed=seed)):
+        is_bfp = type_name in BFP_TYPES
+        head_dim, block_size = known[is_bfp][i][0]
+        if i % 2:
+            head_dim = int(rng.integers(8 if is_bfp else 1, 129)) * 2
+            block_size = int(rng.choice([size for size in BLOCK_SIZES if size <= max(head_dim, 16)]))
+        formats.append((type_name, head_dim, block_size))
+    return formats
 
 
 def nasty_rows(rng: np.random.Generator, n_rows: int, head_dim: int, mantissa_bits: int = 4) -> np.ndarray:
@@ -51,16 +89,16 @@ def nasty_rows(rng: np.random.Generator, n_rows: int, head_dim: int, mantissa_bi
 
 
 def new_cache(type_name, head_dim, block_size, n_kv_heads, n_slots, fill=0):
-    """A Cache over aligned memory whose bytes are all `fill`, and that memory as uint8 [tiles, heads, tile bytes]."""
-    one_tile = native.tile_bytes(type_name, head_dim, block_size)
+    """PackedHeads over aligned memory whose bytes are all `fill`, and it as uint8 [tiles, heads, tile bytes]."""
+    one_tile = cpu.tile_bytes(type_name, head_dim, block_size)
     n_tiles = -(-n_slots // reference.TILE_TOKENS)
-    memory = native.aligned_buffer(n_tiles * n_kv_heads * one_tile)
+    memory = ffi.aligned_buffer(n_tiles * n_kv_heads * one_tile)
     memory[:] = fill
-    cache = native.Cache(type_name, head_dim, block_size, n_kv_heads, n_slots, memory)
+    cache = cpu.PackedHeads(type_name, head_dim, block_size, n_kv_heads, n_slots, memory)
     return cache, memory.reshape(n_tiles, n_kv_heads, one_tile)
 
 
-RUN_TIME_STEPS = ("shift", "scale", "rotate", "sequence", "feedback")  # in the order applied
+RUN_TIME_STEPS = ("shift", "scale", "rotate", "permutation", "feedback")  # in the order applied
 
 
 def random_transform(rng, n_kv_heads: int, head_dim: int, steps=RUN_TIME_STEPS) -> Transform:
@@ -75,8 +113,8 @@ def random_transform(rng, n_kv_heads: int, head_dim: int, steps=RUN_TIME_STEPS) 
         "feedback": np.where(np.tri(head_dim, dtype=bool), np.nan, rng.standard_normal((*heads, head_dim)) * 0.2),
     }
     chosen = {name: table.astype(np.float32) for name, table in tables.items() if name in steps}
-    if "sequence" in steps:
-        chosen["sequence"] = rng.permuted(np.tile(np.arange(head_dim, dtype=np.int32), (n_kv_heads, 1)), axis=1)
+    if "permutation" in steps:
+        chosen["permutation"] = rng.permuted(np.tile(np.arange(head_dim, dtype=np.int32), (n_kv_heads, 1)), axis=1)
     return Transform(rotate="rotate" in steps, **chosen)
 
 
@@ -87,8 +125,8 @@ def rope_for(rng, n_kv_heads, head_dim, n_rot, row_order, n_tokens, folded=True)
     order = rng.permuted(heads, axis=1) if folded else heads
     tables = folded_tables(stock, order)
     angles = rng.uniform(-np.pi, np.pi, (n_tokens, max(1, n_rot // 2)))
-    waves = {"cos": np.cos(angles).astype(np.float32), "sin": np.sin(angles).astype(np.float32)}
-    return order, {"rope": tables, **waves}
+    positions = {"cos": np.cos(angles).astype(np.float32), "sin": np.sin(angles).astype(np.float32)}
+    return order, {"rope": tables, **positions}
 
 
 def rotated(x: np.ndarray, rope: RopeTables, cos, sin) -> np.ndarray:
@@ -98,54 +136,9 @@ def rotated(x: np.ndarray, rope: RopeTables, cos, sin) -> np.ndarray:
     return reference.rope(x, partner, sign, frequency, cos, sin)
 
 
-@functools.cache
-def dmx_format():
-    """The module dmx.compressor.numerical.format of dmx-compressor, without its parent packages.
-
-    Those import an old transformers; the format module alone needs only torch, parse and bidict. Skips the test if the
-    package is not installed.
-    """
-    root = importlib.util.find_spec("dmx")
-    if root is None:
-        pytest.skip("needs: pip install --no-deps dmx-compressor==0.1.11 parse bidict")
-    folder = next(iter(root.submodule_search_locations))
-    for name in ("dmx", "dmx.compressor", "dmx.compressor.numerical"):
-        stub = types.ModuleType(name)
-        stub.__path__ = [folder + name.removeprefix("dmx").replace(".", "/")]
-        sys.modules[name] = stub
-    return importlib.import_module("dmx.compressor.numerical.format")
-
-
-def dmx_cast(x: np.ndarray, mantissa_bits: int, block_size: int) -> np.ndarray:
-    """float32 x [n, d] cast by d-Matrix's BFP[m|8]{n}(SN) along the last axis."""
-    import torch
-
-    cast = dmx_format().Format.from_shorthand(f"BFP[{mantissa_bits}|8]{{{block_size}}}(SN)")
-    return cast.cast(torch.from_numpy(x), -1).numpy()
-
-
-def dmx_is_exact(x: np.ndarray, mantissa_bits: int, block_size: int) -> np.ndarray:
-    """bool [n, d]: where d-Matrix's cast is a right answer.
-
-    It adds 6 * 2^e to x in float32 and rounds the sum. The addition errs by up to 2^(e - 22), that is 2^(m - 24) steps,
-    so inputs that close to a tie, exact ties aside, are rounded twice; and 6 * 2^e overflows from a block maximum of
-    2^126 on. Subnormal maxima give it no exponent.
-    """
-    exact = np.empty(x.shape, bool)
-    for start in range(0, x.shape[1], block_size):
-        block = np.abs(x[:, start : start + block_size]).astype(np.float64)
-        largest = block.max(axis=1, keepdims=True)
-        quotient = np.ldexp(block, mantissa_bits - 2 - (np.frexp(largest)[1] - 1))
-        from_tie = np.abs(quotient - np.floor(quotient) - 0.5)
-        near_tie = (from_tie > 0) & (from_tie <= 2.0 ** (mantissa_bits - 24))
-        exact[:, start : start + block_size] = ~near_tie & (largest >= 2.0**-126) & (largest < 2.0**126)
-        exact[:, start : start + block_size] |= largest == 0
-    return exact
-
-
 def token_of_byte(type_name: str, head_dim: int, block_size: int) -> np.ndarray:
     """int [tile bytes]: the token (0..63) that each byte of a tile belongs to, from FORMAT.md's byte formulas."""
-    n_bytes = native.tile_bytes(type_name, head_dim, block_size)
+    n_bytes = cpu.tile_bytes(type_name, head_dim, block_size)
     place = np.arange(n_bytes)
     if type_name in FLOAT_TYPES:
         return place // (head_dim * reference.FLOAT_BYTES[type_name])
@@ -200,6 +193,28 @@ class Shape(NamedTuple):
     v_block_size: int = 16
 
 
+def random_shapes(n: int) -> list[Shape]:
+    """`n` problems: every head dimension, span, number of queries, window and values' type about equally often."""
+    group_sizes, kv_heads = (1, 2, 3, 4, 7, 16), (1, 2, 3)
+    head_dims = (16, 18, 34, 64, 64, 80, 90, 96, 128, 250, 256)
+    starts, queries = (0, 1, 15, 63, 100, 130, 199, 300, 700), (1, 1, 1, 2, 3, 17, 37, 70)
+    windows, parts = (0, 0, 1, 33, 50, 128), (1, 2, 3, 5)
+    axes = head_dims, group_sizes, kv_heads, starts, queries, windows, BFP_TYPES + FLOAT_TYPES, parts
+    rng, shapes = np.random.default_rng(2), []
+    for head_dim, group, n_kv_heads, first_slot, n_queries, window, v_type, nth in draw(n, *axes, seed=2):
+        sizes = [size for size in BLOCK_SIZES if size <= head_dim]
+        block_size, v_block_size = (int(size) for size in rng.choice(sizes, 2))
+        if n_queries > 3 and first_slot > 300:
+            first_slot = 60  # the oracle is slow
+        group = min(group, 4) if n_queries > 3 else group
+        n_rot = int(rng.choice([2, head_dim // 4 * 2, head_dim]))
+        heads = group * n_kv_heads, n_kv_heads
+        shapes.append(
+            Shape(head_dim, block_size, *heads, first_slot, n_queries, window, n_rot, v_type, nth, v_block_size)
+        )
+    return shapes
+
+
 def random_problem(rng, shape: Shape, k_type: str, query_type: str):
     """Packed caches, raw q and rope; and the float arrays that the library must have used: k, v, q."""
     n_tokens = shape.first_slot + shape.n_queries
@@ -212,7 +227,7 @@ def random_problem(rng, shape: Shape, k_type: str, query_type: str):
     _, rope = rope_for(rng, shape.n_kv_heads, shape.head_dim, shape.n_rot, "half", n_tokens)
     k_cache.pack(k, 0, **rope)
     v_cache.pack(v, 0)
-    query_rope = {"rope": rope["rope"], **{w: rope[w][shape.first_slot :] for w in ("cos", "sin")}}
+    query_rope = {"rope": rope["rope"], **{part: rope[part][shape.first_slot :] for part in ("cos", "sin")}}
     q_used = rotated(q, **query_rope)
     if query_type == "bfp16":
         q_used = reference.round_blocks(q_used, "bfp16", shape.block_size)

@@ -2,11 +2,12 @@
 
 import numpy as np
 import pytest
-from native_support import BFP_SHAPES, BFP_TYPES, FLOAT_TYPES, dmx_cast, dmx_is_exact, nasty_rows
+from dmx_support import dmx_cast, dmx_is_exact
+from native_support import BFP_TYPES, drawn, nasty_rows, random_formats
 
 from ksort_gguf import reference
-from ksort_gguf.cache_types import CACHE_TYPES, tile_bytes
-from ksort_gguf.families.rope import stock_tables
+from ksort_gguf.models.rope import stock_tables
+from ksort_gguf.names import CACHE_TYPES
 
 
 def test_nearest_encoder_by_hand():
@@ -56,13 +57,12 @@ def test_words_round_trip(rng, mantissa_bits, head_dim):
     assert not reference.unpack_words(words, mantissa_bits, n_channels)[:, head_dim:].any()
 
 
-@pytest.mark.parametrize("type_name", BFP_TYPES + FLOAT_TYPES)
-@pytest.mark.parametrize(("head_dim", "block_size"), BFP_SHAPES)
+@pytest.mark.parametrize(("type_name", "head_dim", "block_size"), random_formats(30))
 def test_tile_size_and_round_trip(rng, type_name, head_dim, block_size):
     """Catches a tile layout whose size differs from the one size rule, or that does not invert."""
     x = rng.standard_normal((64, head_dim)).astype(np.float32)
     tile = reference.pack_tile(x, type_name, block_size)
-    assert tile.size == tile_bytes(CACHE_TYPES[type_name], head_dim, block_size)
+    assert tile.size == CACHE_TYPES[type_name].tile_bytes(head_dim, block_size)
     unpacked = reference.unpack_tile(tile, type_name, head_dim, block_size)
     assert (unpacked == reference.round_blocks(x, type_name, block_size)).all()
 
@@ -105,9 +105,7 @@ def test_encoder_refuses_non_finite(bad):
         reference.encode_blocks(np.array([[1.0, bad]], np.float32), 4, 16)
 
 
-@pytest.mark.parametrize("type_name", BFP_TYPES)
-@pytest.mark.parametrize("block_size", [16, 32, 64, 128])
-@pytest.mark.parametrize("head_dim", [90, 128])
+@drawn(12, type_name=BFP_TYPES, block_size=(16, 32, 64, 128), head_dim=(90, 128))
 def test_encoder_equals_dmx(rng, type_name, block_size, head_dim):
     """Catches any departure from d-Matrix's BFP[m|8]{n}(SN), short last blocks included."""
     bits = reference.MANTISSA_BITS[type_name]

@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from native_support import BFP_SHAPES, RUN_TIME_STEPS, nasty_rows, random_transform
+from native_support import BFP_SHAPES, RUN_TIME_STEPS, drawn, nasty_rows, random_transform
 
 from ksort_gguf import reference
-from ksort_gguf.plan.kplan import Transform
+from ksort_gguf.kvplan import Transform
 
 
 def hadamard(n: int) -> np.ndarray:
@@ -32,7 +32,7 @@ def test_rotate_is_blocks_of_hadamard_matrices(rng, head_dim, segments):
     np.testing.assert_allclose(reference.rotate(reference.rotate(x)), x, rtol=0, atol=3e-6)
 
 
-@pytest.mark.parametrize("steps", [("shift",), ("scale",), ("rotate",), ("sequence",), RUN_TIME_STEPS], ids="+".join)
+@pytest.mark.parametrize("steps", [("shift",), ("scale",), ("rotate",), ("permutation",), RUN_TIME_STEPS], ids="+".join)
 @pytest.mark.parametrize("head_dim", [64, 90])
 def test_scores_keep_their_differences(rng, steps, head_dim):
     """Catches a query transform that is not the inverse transpose of the key's: softmax(q.k) must stay as it is."""
@@ -110,10 +110,10 @@ def squared_error(x, mantissas, exponents, bits, block_size) -> np.ndarray:
     return np.stack([error[:, start : start + block_size].sum(axis=1) for start in range(0, x.shape[1], block_size)], 1)
 
 
-@pytest.mark.parametrize("bits", [4, 6, 8])
-@pytest.mark.parametrize(("head_dim", "block_size"), BFP_SHAPES)
-def test_least_error_is_never_above_nearest(rng, bits, head_dim, block_size):
+@drawn(18, bits=(4, 6, 8), shape=BFP_SHAPES)
+def test_least_error_is_never_above_nearest(rng, bits, shape):
     """Catches sums of errors compared in different units, or over another block's channels."""
+    head_dim, block_size = shape
     x = np.clip(nasty_rows(rng, 300, head_dim, bits), -1e30, 1e30)
     mantissas, exponents = reference.encode_transformed(x[:, None], bits, block_size, None)
     ours = squared_error(x, mantissas[:, 0], exponents[:, 0], bits, block_size)

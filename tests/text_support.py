@@ -4,8 +4,8 @@ from pathlib import Path
 
 import gguf
 
-from ksort_gguf.tokenizer.byte_bpe import CHAR_BYTES
-from ksort_gguf.tokenizer.tokenizer import Tokenizer
+from ksort_gguf.engine.tokenizer.byte_bpe import CHAR_BYTES
+from ksort_gguf.engine.tokenizer.tokenizer import Tokenizer
 
 BYTE_CHARS = sorted(CHAR_BYTES, key=CHAR_BYTES.get)  # token i of a byte vocabulary spells byte i
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
@@ -14,6 +14,17 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
 MERGES = (
     "1 2", "12 3", "123 4", "Ġ Ġ", "ĠĠ Ġ", "Ġ a", "a b", "Ġa b", "a B", "' s", "' S", "! Ċ", "Ċ Ċ", "č Ċ", "! !", "Ġ !",
     "Ġ 1", "Ċ Ġ", "Ġ Ċ", "Ã ©", "a Ì", "â Ģ", "âĢ Ģ",
+)  # fmt: skip
+
+SPECIAL = (("<s>", CONTROL), ("<tool>", USER_DEFINED), ("<tool><s", CONTROL))
+
+NASTY = (  # texts that tokenizers get wrong
+    "", " ", "\n", "a\r\nb\r\n\r\n", "  a   b    ", "\t\tx\n\n\n y", "1234 12341234 1 2", "it's IT'S 's' don't 'tis",
+    "def f(x):\n    return x ** 2  # ok\n", "日本語テキスト、中文。 한국어", "e\u0301 n\u0303 \u0301x",
+    "👩‍👩‍👧 🏳️‍🌈 🇩🇪!!",
+    "\x00\x1c\x1f\x7f\x85\xa0\u2000\u2028\u3000\ufeff\u200b", "\U0010ffff\ufffd\ue000", "ab" * 300, " " * 300,
+    "1" * 300, "CamelCase HTTPServer snake_case a/b//c", "٣٤٥ ¼ ² ⅷ", "<s>a</s> <tool>b<tool><s",
+    "!!\n!!\r\n ! ab!", "éa\u0301b",
 )  # fmt: skip
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from moments_support import moments_of, samples
 
+from ksort_gguf.names import RUN_TIME_STEPS
 from ksort_gguf.plan.balance import DAMPING, SCALE_POWER, feedback_of, key_transform, value_metric, value_transform
-from ksort_gguf.plan.kplan import RUN_TIME_STEPS
 from ksort_gguf.reference import decode_blocks, encode_transformed, restore_values, transform_keys, transform_queries
 
 HEAD_DIM, N_HEADS, N_KV_HEADS, N = 32, 4, 2, 200
@@ -69,8 +69,8 @@ def test_each_step_alone_makes_its_table_alone(q, k):
     """Catches a table that is written, and run, for a step that nobody asked for."""
     for step in RUN_TIME_STEPS:
         transform = key_transform(moments_of(k, q), (step,), None)
-        made = {name for name in ("shift", "scale", "sequence", "feedback") if getattr(transform, name) is not None}
-        expected = {"rotate": set(), "feedback": {"sequence", "feedback"}}.get(step, {step})
+        made = {name for name in ("shift", "scale", "permutation", "feedback") if getattr(transform, name) is not None}
+        expected = {"rotate": set(), "feedback": {"permutation", "feedback"}}.get(step, {step})
         assert made == expected and transform.rotate == (step == "rotate")
 
 

@@ -20,15 +20,19 @@ from checkpoint_support import (
     random_weights,
     write_checkpoint,
 )
-from text_support import CONTROL, byte_metadata
+from text_support import CONTROL, byte_tokenizer
 from transformers.masking_utils import sdpa_mask
 
-from ksort_gguf.convert import convert
+from ksort_gguf.engine.calibration import calibration_windows, default_text
 from ksort_gguf.errors import KsortError
-from ksort_gguf.families.rope import row_map
+from ksort_gguf.models import weights
+from ksort_gguf.models.open import open_model
+from ksort_gguf.models.rope import row_map
+from ksort_gguf.models.spec import Block
+from ksort_gguf.models.weights import WeightReader
 from ksort_gguf.plan import calibrate
-from ksort_gguf.plan.calibrate import calibration_windows, default_text, observe_layers
-from ksort_gguf.sources.open_model import open_model
+from ksort_gguf.plan.calibrate import observe_layers
+from ksort_gguf.plan.convert import convert
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -53,12 +57,12 @@ WINDOWS = [np.random.default_rng(n).integers(0, N_VOCAB, n).tolist() for n in (7
 def write_model(directory, name: str, rng):
     """The checkpoint `name` of CONFIGS, with weights small enough that softmax is not just an argmax."""
     config = CONFIGS[name]
-    weights = random_weights(rng, biases=name in ("llama-biases", "qwen2"))
+    tensors = random_weights(rng, biases=name in ("llama-biases", "qwen2"))
     if config.get("attention_bias"):
         for layer, bias in enumerate(rng.standard_normal((N_LAYERS, N_EMBD)).astype(np.float32)):
-            weights[f"model.layers.{layer}.self_attn.o_proj.bias"] = bias
-    weights = {key: value * np.float32(0.1 if value.ndim == 2 else 1) for key, value in weights.items()}
-    return write_checkpoint(directory, config, weights)
+            tensors[f"model.layers.{layer}.self_attn.o_proj.bias"] = bias
+    tensors = {key: value * np.float32(0.1 if value.ndim == 2 else 1) for key, value in tensors.items()}
+    return write_checkpoint(directory, config, tensors)
 
 
 @pytest.fixture
@@ -70,7 +74,7 @@ def llama(tmp_path, rng):
 def small_chunks(monkeypatch):
     """Chunk borders inside the windows, as large models and long windows have them."""
     monkeypatch.setattr(calibrate, "_TOKENS_AT_ONCE", 16)
-    monkeypatch.setattr(calibrate, "_ROWS_AT_ONCE", 48)
+    monkeypatch.setattr(weights, "_ROWS_AT_ONCE", 48)
 
 
 def observed(path, windows=WINDOWS) -> dict[tuple[int, int], tuple[torch.Tensor, ...]]:
@@ -124,13 +128,18 @@ def test_directory_and_gguf_give_the_same_bits(llama, tmp_path):
             assert torch.equal(a, b) and torch.equal(a, c)
 
 
+def with_n_rot(block: Block, n_rot: int) -> Block:
+    attention = block.attention
+    return replace(block, attention=replace(attention, rope=replace(attention.rope, n_rot=n_rot)))
+
+
 def test_channels_beyond_n_rot_rest(llama):
     """Would catch partial RoPE over all channels, or with the frequencies of a full head. Equal tokens have equal keys
     before RoPE, so key t is key 0 turned t times."""
     n_rot, n = 16, 30
     found = []
     with open_model(llama, "f32") as source:
-        source.geometry = replace(source.geometry, n_rot=n_rot)
+        source.spec = replace(source.spec, blocks=tuple(with_n_rot(block, n_rot) for block in source.spec.blocks))
         observe_layers(source, [[7] * n], lambda layer, window, q, k, v: found.append(k), lambda: None)
     k = found[0].double()
     torch.testing.assert_close(k[..., n_rot:], k[:1, :, n_rot:].expand(n, -1, -1))
@@ -139,29 +148,27 @@ def test_channels_beyond_n_rot_rest(llama):
     torch.testing.assert_close(pairs, pairs[:1] * torch.polar(torch.ones_like(turn), turn), atol=1e-5, rtol=1e-5)
 
 
-def test_one_layer_in_memory_and_no_more_than_needed_read(llama, monkeypatch):
-    """Would catch the last layer's weights kept while the next layer's are read, a last FFN that nobody needs, and an
+def test_one_layer_in_memory_and_no_whole_embedding(llama, monkeypatch):
+    """Would catch a layer's weights kept while the next layer's are read, a layer read again for each window, and an
     embedding expanded whole (2 GB for 128k tokens of 4096 channels)."""
-    alive, peaks, names = {}, [], []
-    read = calibrate._read
+    alive, peaks, names = weakref.WeakSet(), [], []
+    block, tensor = WeightReader.block, WeightReader.tensor
 
-    def counted(tensor):
-        values = read(tensor)
-        names.append(tensor.name)
-        alive[tensor.name] = values.nbytes
-        weakref.finalize(values, alive.pop, tensor.name)
-        peaks.append(sum(alive.values()))
-        return values
+    def counted_block(self, spec):
+        weights = block(self, spec)
+        alive.add(weights)
+        peaks.append(len(alive))
+        return weights
 
-    monkeypatch.setattr(calibrate, "_read", counted)
+    def counted_tensor(self, name):
+        names.append(name)
+        return tensor(self, name)
+
+    monkeypatch.setattr(WeightReader, "block", counted_block)
+    monkeypatch.setattr(WeightReader, "tensor", counted_tensor)
     observed(llama)
-    with open_model(llama, "f32") as source:
-        layer_bytes = sum(t.n_bytes for name, t in source.tensors.items() if name.startswith("blk.0."))
-    assert max(peaks) == layer_bytes
-    last = f"blk.{N_LAYERS - 1}."
-    projections = {f"{last}{part}.weight" for part in ("attn_norm", "attn_q", "attn_k", "attn_v")}
-    assert {name for name in names if name.startswith(last)} == projections
-    assert all(name.startswith("blk.") for name in names)
+    assert peaks == [1] * N_LAYERS
+    assert all(name.startswith("blk.") for name in names) and len(set(names)) == len(names)
 
 
 def test_hidden_states_above_the_bound_move_to_a_file(llama, monkeypatch, tmp_path):
@@ -171,7 +178,7 @@ def test_hidden_states_above_the_bound_move_to_a_file(llama, monkeypatch, tmp_pa
     in_file = observed(llama)
     assert all(torch.equal(a, b) for key in in_memory for a, b in zip(in_memory[key], in_file[key], strict=True))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
-    with pytest.raises(KsortError, match=r"missing: .*--calibrate-tokens.*TMPDIR"):
+    with pytest.raises(KsortError, match=r"missing: .*`calibrate_tokens`.*TMPDIR"):
         observed(llama)
 
 
@@ -199,30 +206,28 @@ def test_unusable_models_are_refused(llama, tmp_path, rng):
 
 def test_windows_without_bos_are_the_text():
     """Would catch overlapping or shifted windows, a part window, more tokens than asked for, and parsed specials."""
-    metadata = byte_metadata(merges=(), special=(("<s>", CONTROL),), bos_token_id=256)
+    tokenizer = byte_tokenizer(merges=(), special=(("<s>", CONTROL),), bos_token_id=256)
     text = "abc<s>" * 10
-    codes = list(text.encode())
-    tokens = [metadata["tokenizer.ggml.tokens"].index(chr(code)) for code in codes]
-    windows = calibration_windows(metadata, "tiny.gguf", text, n_tokens=47, window=16)
+    tokens = list(text.encode())
+    windows = calibration_windows(tokenizer, text, n_tokens=47, window=16)
     assert windows == [tokens[:16], tokens[16:32]]
-    assert calibration_windows(metadata, "tiny.gguf", text, n_tokens=1000, window=60) == [tokens]
+    assert calibration_windows(tokenizer, text, n_tokens=1000, window=60) == [tokens]
 
 
 def test_bos_takes_each_windows_first_place():
     """Would catch BOS pushed in front (windows then drift against perplexity's chunks), and EOS in the middle."""
     ends = dict(bos_token_id=256, eos_token_id=256, add_bos_token=True, add_eos_token=True)
-    metadata = byte_metadata(merges=(), special=(("<s>", CONTROL),), **ends)
-    letters = [metadata["tokenizer.ggml.tokens"].index(letter) for letter in "abcdefg"]
-    windows = calibration_windows(metadata, "tiny.gguf", "abcdefg", n_tokens=8, window=4)
+    tokenizer, letters = byte_tokenizer(merges=(), special=(("<s>", CONTROL),), **ends), list(b"abcdefg")
+    windows = calibration_windows(tokenizer, "abcdefg", n_tokens=8, window=4)
     assert windows == [[256, *letters[:3]], [256, *letters[4:]]]
 
 
-def test_too_little_text_is_an_error_that_names_the_flag():
+def test_too_little_text_is_an_error_that_names_the_argument():
     """Would catch a plan made of nothing."""
-    with pytest.raises(KsortError, match=r"--calibrate: the text has 3 tokens, less than one window of 4"):
-        calibration_windows(byte_metadata(merges=()), "tiny.gguf", "abc", n_tokens=100, window=4)
-    with pytest.raises(KsortError, match=r"--calibrate-tokens 3 is less than one window of 4"):
-        calibration_windows(byte_metadata(merges=()), "tiny.gguf", "abcdef", n_tokens=3, window=4)
+    with pytest.raises(KsortError, match=r"`calibrate`: the text has 3 tokens, less than one window of 4"):
+        calibration_windows(byte_tokenizer(merges=()), "abc", n_tokens=100, window=4)
+    with pytest.raises(KsortError, match=r"`calibrate_tokens` 3 is less than one window of 4"):
+        calibration_windows(byte_tokenizer(merges=()), "abcdef", n_tokens=3, window=4)
 
 
 def test_default_text_fills_the_longest_default_window():

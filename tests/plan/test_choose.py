@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from moments_support import moments_of, samples
 
+from ksort_gguf.kvplan import Transform
+from ksort_gguf.names import RUN_TIME_STEPS
 from ksort_gguf.plan.balance import key_transform
 from ksort_gguf.plan.choose import Trial, best_transform, checked_order
-from ksort_gguf.plan.kplan import RUN_TIME_STEPS, Transform
 from ksort_gguf.plan.moments import LayerMoments
 from ksort_gguf.reference import (
     decode_blocks,

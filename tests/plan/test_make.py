@@ -1,5 +1,6 @@
 """Making plans: what --plan says, what is refused, and what is left out because it would not help."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,16 +18,19 @@ from checkpoint_support import (
     write_sentencepiece,
 )
 
-from ksort_gguf.cli import main
-from ksort_gguf.convert import convert
+from ksort_gguf.cli.main import main
+from ksort_gguf.container.retype import ArrayTensor
+from ksort_gguf.engine.calibration import calibration
 from ksort_gguf.errors import KsortError
-from ksort_gguf.gguf_output import GgufOutput
-from ksort_gguf.plan.kplan import PLANS, parse_plan
-from ksort_gguf.plan.make import Calibration, make_plan
+from ksort_gguf.kvplan import PLANS, parse_plan
+from ksort_gguf.models.gguf_source import open_gguf
+from ksort_gguf.models.hf_source import open_hf
+from ksort_gguf.models.spec import Norm
+from ksort_gguf.plan.convert import convert
+from ksort_gguf.plan.file import folded_plan
+from ksort_gguf.plan.make import make_plan
 from ksort_gguf.plan.rank import layer_order
-from ksort_gguf.sources.gguf_file import open_gguf
-from ksort_gguf.sources.gguf_values import encode
-from ksort_gguf.sources.hf import open_hf
+from ksort_gguf.plan.weight_moments import moments_of_weights
 
 N_VOCAB = 300
 TEXT = "karaka lotilo miwomi nupenu serase katika lowolo mipemi " * 40
@@ -64,48 +68,22 @@ def test_plans_are_names_and_steps(text: str, name: str, steps):
 @pytest.mark.parametrize("text", ["", "ksrot", "order,", "order shift", "Balanced"])
 def test_unknown_plans_are_refused(text: str):
     """Catches a typing error that makes a plan of fewer steps."""
-    with pytest.raises(KsortError, match=r"^--plan .*is not one of none, ksort, balanced, order, shift"):
+    with pytest.raises(KsortError, match=r"^`plan` .*is not one of none, ksort, balanced, order, shift"):
         parse_plan(text)
 
 
-def with_extra(stock: Path, path: Path, values: dict, tensors: tuple[str, ...] = ()) -> Path:
-    """`stock` with more metadata, and more tensors of ones."""
-    from gguf import GGMLQuantizationType
-
+def test_a_norm_behind_the_projection_keeps_order_out(stock: Path):
+    """Catches rows sorted in front of a gain that all heads share and that stays as it was."""
     with open_gguf(stock) as source:
-        infos = [(t.name, t.shape, t.type) for t in source.tensors.values()]
-        infos += [(name, (HEAD_DIM,), GGMLQuantizationType.F32) for name in tensors]
-        with GgufOutput(path, {**source.values, **values}, infos) as output:
-            for name, tensor in source.tensors.items():
-                output.write_tensor(name, tensor.chunks())
-            for name in tensors:
-                output.write_tensor(name, [np.ones(HEAD_DIM, np.float32)])
-    return path
-
-
-def test_attention_that_a_shift_would_change_is_refused(stock: Path, tmp_path: Path):
-    """Catches a plan that changes the model: softmax sees a constant through a soft cap, and beside a sink."""
-    from gguf import GGUFValueType
-
-    capped = {"llama.attn_logit_softcapping": encode(50.0, GGUFValueType.FLOAT32)}
-    sinks = ("blk.0.attn_sinks.weight",)
-    for path, words in (
-        (with_extra(stock, tmp_path / "capped.gguf", capped), "scores are soft-capped"),
-        (with_extra(stock, tmp_path / "sinks.gguf", {}, sinks), r"attention sinks \(blk\.0\.attn_sinks"),
-    ):
-        with open_gguf(path) as source:
-            with pytest.raises(KsortError, match=rf"{path.name}: the step shift .*{words}.*: leave shift out$"):
-                make_plan(source, "balanced")
-            assert make_plan(source, "scale,rotate,feedback")[0].keys.scale
-
-
-def test_a_norm_behind_the_projection_refuses_order(stock: Path, tmp_path: Path):
-    """Catches rows sorted in front of a gain that stays as it was."""
-    path = with_extra(stock, tmp_path / "normed.gguf", {}, ("blk.1.attn_k_norm.weight",))
-    with open_gguf(path) as source:
-        with pytest.raises(KsortError, match=r"step order .*blk\.1\.attn_k_norm\.weight: leave order out"):
-            make_plan(source, "ksort")
-        assert make_plan(source, "shift")[0].steps == ("shift",)
+        gain = ArrayTensor("f", "blk.1.attn_k_norm.weight", np.ones(HEAD_DIM, np.float32))
+        source.tensors[gain.name] = gain
+        first, second = source.spec.blocks
+        attention = replace(second.attention, k_norm=Norm(gain.name, HEAD_DIM, 1e-5))
+        source.spec = replace(source.spec, blocks=(first, replace(second, attention=attention)))
+        for asked, steps in (("ksort", ()), ("ksort,shift", ("shift",))):
+            plan, notes = make_plan(source, asked)
+            assert plan.steps == steps and plan.order is None
+            assert "left without order" in notes[0] and gain.name in notes[0]
 
 
 def test_folded_models_are_refused(stock: Path, tmp_path: Path):
@@ -159,11 +137,11 @@ def test_calibration_is_recorded_and_changes_the_plan(stock: Path, tmp_path: Pat
         out = tmp_path / f"{name}.gguf"
         assert main(["convert", str(stock), "--outfile", str(out), *flags]) == 0
         with open_gguf(out) as source:
-            found[name] = source.plan
+            found[name] = folded_plan(source)
     assert found["weights"].statistics == "weights"
     assert found["text"].statistics == "text of 256 tokens in windows of 128"
     assert found["default"].statistics == "text of 64 tokens in windows of 64"
-    shifts = [plan.keys.shift[0] for plan in found.values()]
+    shifts = [plan.keys.tables["shift"][0] for plan in found.values()]
     assert not any(np.allclose(shifts[i], shifts[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
 
 
@@ -192,7 +170,7 @@ def test_an_order_that_hurts_is_left_out_with_a_note(biased: Path, tmp_path: Pat
         plan, notes = make_plan(source, "ksort", block_size=16)
         stock_order = np.tile(np.arange(HEAD_DIM), (N_KV_HEADS, 1))
         assert all(np.array_equal(order, stock_order) for order in plan.order)
-        assert notes[0].startswith("the plan hardly helps, its expected error is 100.0% of that without one: add --cal")
+        assert notes[0].startswith("the plan hardly helps, its expected error is 100.0% of that without one: add `cal")
         listed = " ".join(f"{layer}.{head}" for layer in range(N_LAYERS) for head in range(N_KV_HEADS))
         n_heads = N_LAYERS * N_KV_HEADS
         assert len(notes) == 2
@@ -210,8 +188,6 @@ def test_an_order_that_hurts_is_left_out_with_a_note(biased: Path, tmp_path: Pat
 
 def test_key_rms_sorts_by_the_size_of_keys(biased: Path):
     """Catches a rank that does not see biases, or that sorts upwards."""
-    from ksort_gguf.plan.weight_moments import moments_of_weights
-
     found = {}
     with open_hf(biased, "f32") as source:
         moments_of_weights(source, found.__setitem__, lambda: None)
@@ -244,7 +220,7 @@ def test_a_plan_that_cannot_help_is_left_out_as_a_whole(two_channels: Path, tmp_
     captured = capsys.readouterr()
     assert "note: the plan is left without rotate" in captured.err and "plan none" in captured.out
     with open_gguf(out) as source:
-        assert source.plan is None and source.metadata["general.architecture"] == "llama"
+        assert folded_plan(source) is None and source.metadata["general.architecture"] == "llama"
     plan_file = tmp_path / "p.gguf"
     assert main(["plan", str(out), "--outfile", str(plan_file), "--plan", "rotate", "--block-size", "16"]) == 1
     assert "--plan rotate" in capsys.readouterr().err.splitlines()[-1] and not plan_file.exists()
@@ -254,14 +230,16 @@ def test_what_helps_is_kept_beside_what_does_not(two_channels: Path):
     """Catches a fall-back that throws away every step."""
     with open_hf(two_channels, "f32") as source:
         plan, notes = make_plan(source, "balanced", block_size=16)
-    assert plan.steps == PLANS["balanced"] and len(plan.keys.shift) == N_LAYERS and notes == []
+    assert plan.steps == PLANS["balanced"] and len(plan.keys.tables["shift"]) == N_LAYERS and notes == []
 
 
-def test_a_plan_that_hardly_helps_says_so(stock: Path):
+def test_a_plan_that_hardly_helps_says_so(stock: Path, tmp_path: Path):
     """Catches the paper's sorting of channels that are all alike, sold as an improvement."""
+    text = tmp_path / "text"
+    text.write_text(TEXT)
     with open_gguf(stock) as source:
-        notes = [make_plan(source, "ksort", calibration=made)[1] for made in (None, Calibration(TEXT, 128))]
-    assert notes[0][0].endswith("add --calibrate, which tells better, or compare both by `ksort-gguf perplexity`")
+        notes = [make_plan(source, "ksort", calibration=made)[1] for made in (None, calibration(text, 128))]
+    assert notes[0][0].endswith("add `calibrate`, which says it better, or compare both by `ksort-gguf perplexity`")
     assert notes[1][0].endswith("% of that without one: compare both by `ksort-gguf perplexity`")
 
 

@@ -1,4 +1,4 @@
-"""K plans: ranking, folding, and the weights they belong to."""
+"""KV plans: ranking, folding, and the weights they belong to."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -6,18 +6,23 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from checkpoint_support import HEAD_DIM, LLAMA, N_KV_HEADS, QWEN2, random_weights, write_checkpoint
+from checkpoint_support import HEAD_DIM, LLAMA, N_KV_HEADS, N_LAYERS, QWEN2, random_weights, write_checkpoint
 
+from ksort_gguf.container.retype import ArrayTensor, RetypedTensor
 from ksort_gguf.errors import KsortError
-from ksort_gguf.families import Geometry
-from ksort_gguf.families.rope import folded_tables, stock_tables
-from ksort_gguf.plan.fold import fold_rows, inverse_order
+from ksort_gguf.models.hf_source import open_hf
+from ksort_gguf.models.rope import folded_tables, stock_tables
+from ksort_gguf.models.spec import Attention, Projection, Rope
+from ksort_gguf.plan.file import check_plan
+from ksort_gguf.plan.fold import FoldedTensor, folded_tensors, inverse_order
 from ksort_gguf.plan.make import make_plan
-from ksort_gguf.plan.plan_file import check_plan
+from ksort_gguf.plan.moments import LayerMoments
 from ksort_gguf.plan.rank import effective_energies, layer_order, weight_energies, weights_hash
-from ksort_gguf.sources.hf import open_hf
 
-_GEOMETRY = Geometry(2, 48, 4, 2, 16, 16, 128, 1e-5, 10000.0, "none", 1.0, 0)
+_Q, _KV = Projection("q", 64, 48), Projection("kv", 32, 48)
+_ATTENTION = Attention(4, 2, 16, 0.25, _Q, _KV, _KV, Projection("output", 48, 64), Rope(16, 10000.0))
+
+NO_MOMENTS = LayerMoments(*[np.zeros(0)] * 7)  # for ranks that do not ask
 
 
 @pytest.fixture
@@ -33,7 +38,7 @@ def _orders(rng, n_kv_heads: int = N_KV_HEADS, head_dim: int = HEAD_DIM) -> np.n
 def test_weight_norm_order_falls(qwen):
     """Catches rising order, ranks taken over columns, and heads mixed up."""
     for layer in range(2):
-        order = layer_order(qwen, layer, "weight-norm")
+        order = layer_order(qwen, layer, "weight-norm", NO_MOMENTS)
         norms = np.linalg.norm(qwen.tensors[f"blk.{layer}.attn_k.weight"].read_f32().astype(np.float64), axis=1)
         by_head = norms.reshape(N_KV_HEADS, HEAD_DIM)
         assert (np.diff(np.take_along_axis(by_head, order, axis=1)) <= 0).all()
@@ -41,7 +46,7 @@ def test_weight_norm_order_falls(qwen):
 
 def test_equal_norms_keep_channel_order():
     """Catches an unstable sort, with which two runs or machines could disagree about a file."""
-    energies = weight_energies(np.ones((32, 48), np.float32), _GEOMETRY)
+    energies = weight_energies(np.ones((32, 48), np.float32), _ATTENTION)
     assert np.array_equal(np.argsort(-energies, axis=1, kind="stable"), np.tile(np.arange(16), (2, 1)))
 
 
@@ -57,28 +62,37 @@ def test_effective_norm_is_the_mean_square_of_rotated_keys(rng, row_order: str):
     partners = keys[:, :, tables.partner] * tables.sign
     rotated = keys * np.cos(angle)[..., tables.frequency] + partners * np.sin(angle)[..., tables.frequency]
     expected = (rotated**2).mean(axis=0)
-    assert effective_energies(weight, bias, gain, _GEOMETRY, row_order) == pytest.approx(expected, rel=0.03)
+    assert effective_energies(weight, bias, gain, _ATTENTION, row_order) == pytest.approx(expected, rel=0.03)
 
 
-def test_fold_shares_the_order_of_a_group(rng):
-    """Catches query heads folded with their own index instead of their KV head's."""
-    order = _orders(rng)
-    rows = rng.standard_normal((4 * HEAD_DIM, 8)).astype(np.float32)
-    folded = fold_rows(rows.view(np.uint8).reshape(-1), rows.shape, order, 4).view(np.float32).reshape(rows.shape)
-    for head in range(4):
-        expected = rows[head * HEAD_DIM + order[head // 2]]
-        assert np.array_equal(folded[head * HEAD_DIM : (head + 1) * HEAD_DIM], expected)
+def test_fold_shares_the_order_of_a_group(qwen, rng):
+    """Catches query heads folded with their own index instead of their KV head's, biases that stay, and other tensors
+    that move."""
+    orders = np.stack([_orders(rng) for _ in range(N_LAYERS)])
+    folded = folded_tensors(qwen, orders)
+    for name, tensor in qwen.tensors.items():
+        part = name.split(".")[2] if name.startswith("blk.") else ""
+        values = tensor.read_f32()
+        if part in ("attn_q", "attn_k"):
+            heads = values.reshape(-1, HEAD_DIM, *values.shape[1:])
+            order = orders[int(name.split(".")[1])]
+            group = len(heads) // N_KV_HEADS
+            values = np.concatenate([head[order[i // group]] for i, head in enumerate(heads)])
+        assert np.array_equal(folded[name].read_f32(), values), name
 
 
-def test_fold_moves_quantized_rows_as_bytes(rng):
-    """Catches rows split at value instead of byte boundaries."""
-    values = rng.standard_normal((2 * HEAD_DIM, 64)).astype(np.float32)
-    raw = gguf.quants.quantize(values, gguf.GGMLQuantizationType.Q8_0)
-    order = _orders(rng)
-    folded = fold_rows(raw.reshape(-1), values.shape, order, 2).reshape(raw.shape)
-    assert np.array_equal(folded[HEAD_DIM:], raw[HEAD_DIM:][order[1]])
-    unfolded = fold_rows(folded.reshape(-1), values.shape, inverse_order(order), 2)
-    assert np.array_equal(unfolded, raw.reshape(-1))
+def test_fold_moves_quantized_rows_as_bytes(tmp_path: Path, rng):
+    """Catches rows split at value instead of byte boundaries, and parts of a tensor that are read as its beginning."""
+    base = RetypedTensor(
+        ArrayTensor("f", "t", rng.standard_normal((2 * HEAD_DIM, 64)).astype(np.float32)),
+        gguf.GGMLQuantizationType.Q8_0,
+    )
+    raw, rows = base.read().reshape(2 * HEAD_DIM, -1), rng.permutation(2 * HEAD_DIM)
+    folded = FoldedTensor(base, rows)
+    assert np.array_equal(folded.read().reshape(raw.shape), raw[rows])
+    assert np.array_equal(folded.read_rows(5, 41).reshape(36, -1), raw[rows[5:41]])
+    unfolded = FoldedTensor(folded, inverse_order(rows))
+    assert np.array_equal(unfolded.read(), raw.reshape(-1))
 
 
 @pytest.mark.parametrize("row_order", ["half", "interleaved"])

@@ -8,19 +8,19 @@ import numpy as np
 import pytest
 from checkpoint_support import HEAD_DIM, LLAMA, N_KV_HEADS, N_LAYERS, QWEN2, random_weights, write_checkpoint
 
-from ksort_gguf.cache_types import STEPS, Keys
-from ksort_gguf.convert import convert
+from ksort_gguf.container.gguf_reader import open_container
+from ksort_gguf.container.gguf_writer import GgufOutput
+from ksort_gguf.container.values import strings
 from ksort_gguf.errors import KsortError
-from ksort_gguf.gguf_output import GgufOutput
-from ksort_gguf.plan.kplan import KPlan, Transforms
+from ksort_gguf.kvplan import KVPlan, Transforms
+from ksort_gguf.models.gguf_source import open_gguf
+from ksort_gguf.names import STEPS, Keys
+from ksort_gguf.plan.convert import convert
+from ksort_gguf.plan.file import _plan, check_plan, folded_plan, plan_tensors, plan_values, read_plan, write_plan
 from ksort_gguf.plan.make import make_plan
-from ksort_gguf.plan.plan_file import check_plan, plan_of, plan_tensors, plan_values, read_plan, write_plan
-from ksort_gguf.sources.gguf_container import open_container
-from ksort_gguf.sources.gguf_file import open_gguf
-from ksort_gguf.sources.gguf_values import strings
 
 PLANS = ["ksort", "rotate", "shift", "balanced", "order,scale,feedback", ",".join(STEPS)]
-TABLES = {"shift": np.float32, "scale": np.float32, "sequence": np.int32, "feedback": np.float32}
+TABLES = {"shift": np.float32, "scale": np.float32, "permutation": np.int32, "feedback": np.float32}
 
 
 @pytest.fixture(params=["llama", "qwen2"])
@@ -38,7 +38,7 @@ def source(stock: Path):
         yield source
 
 
-def assert_same(found: KPlan, expected: KPlan):
+def assert_same(found: KVPlan, expected: KVPlan):
     for name in ("name", "steps", "row_order", "base_architecture", "weights_hash", "rank", "statistics"):
         assert getattr(found, name) == getattr(expected, name), name
     assert (found.order is None) == (expected.order is None)
@@ -46,10 +46,11 @@ def assert_same(found: KPlan, expected: KPlan):
     for a, b in ((found.keys, expected.keys), (found.values, expected.values)):
         assert a.rotate == b.rotate
         for table, dtype in TABLES.items():
-            assert getattr(a, table).keys() == getattr(b, table).keys()
-            for layer, values in getattr(b, table).items():
-                assert np.array_equal(getattr(a, table)[layer], values)
-                assert getattr(a, table)[layer].dtype == dtype
+            read = a.tables.get(table, {})
+            assert read.keys() == b.tables.get(table, {}).keys()
+            for layer, values in read.items():
+                assert np.array_equal(values, b.tables[table][layer])
+                assert values.dtype == dtype
 
 
 @pytest.mark.parametrize("plan", PLANS)
@@ -62,26 +63,26 @@ def test_plan_file_and_folded_file_hold_the_plan(stock: Path, source, tmp_path: 
     check_plan(read_plan(tmp_path / "p.gguf"), source)
     convert(stock, tmp_path / "folded.gguf", plan=plan, rank=rank)
     with open_gguf(tmp_path / "folded.gguf") as folded:
-        assert_same(folded.plan, made)
+        assert_same(folded_plan(folded), made)
     if plan == "balanced":
-        assert all(set(getattr(made.keys, table)) == set(range(N_LAYERS)) for table in TABLES)
-        assert set(made.values.feedback) == set(range(N_LAYERS)) and not made.values.shift
+        assert all(set(made.keys.tables[table]) == set(range(N_LAYERS)) for table in TABLES)
+        assert set(made.values.tables["feedback"]) == set(range(N_LAYERS)) and not made.values.tables.get("shift")
 
 
-def tables_of(source, rng) -> KPlan:
+def tables_of(source, rng) -> KVPlan:
     """A plan with all steps and any tables, one layer lacking some, values shifted too."""
 
     def made(*shape: int) -> np.ndarray:
         return rng.uniform(0.5, 2, (N_KV_HEADS, *shape)).astype(np.float32)
 
     def transforms() -> Transforms:
-        return Transforms(
-            rotate=True,
-            shift={1: made(HEAD_DIM)},
-            scale={0: made(HEAD_DIM), 1: made(HEAD_DIM)},
-            sequence={1: np.stack([rng.permutation(HEAD_DIM) for _ in range(N_KV_HEADS)]).astype(np.int32)},
-            feedback={layer: np.triu(made(HEAD_DIM, HEAD_DIM), 1) for layer in range(N_LAYERS)},
-        )
+        tables = {
+            "shift": {1: made(HEAD_DIM)},
+            "scale": {0: made(HEAD_DIM), 1: made(HEAD_DIM)},
+            "permutation": {1: np.stack([rng.permutation(HEAD_DIM) for _ in range(N_KV_HEADS)]).astype(np.int32)},
+            "feedback": {layer: np.triu(made(HEAD_DIM, HEAD_DIM), 1) for layer in range(N_LAYERS)},
+        }
+        return Transforms(True, tables)
 
     plan, _ = make_plan(source, ",".join(STEPS))
     return replace(plan, keys=transforms(), values=transforms())
@@ -94,7 +95,7 @@ def test_layers_may_lack_tables(source, tmp_path: Path, rng):
     assert_same(read_plan(tmp_path / "p.gguf"), plan)
 
 
-def write_damaged(path: Path, plan: KPlan, replaced: dict, steps=None) -> Path:
+def write_damaged(path: Path, plan: KVPlan, replaced: dict, steps=None) -> Path:
     """A plan file of `plan` with some tensors (name: array) replaced or added; arrays of integers become I32."""
     write_plan(path, plan)
     container = open_container(path)
@@ -157,8 +158,8 @@ def test_damaged_tables_of_folded_files_are_refused(stock: Path, tmp_path: Path)
             with GgufOutput(tmp_path / "bad.gguf", model.values, infos, force=True) as output:
                 for tensor, (_, _, raw) in contents.items():
                     output.write_tensor(tensor, [raw])
-        with pytest.raises(KsortError, match=rf"bad\.gguf: tensor {name}"):
-            open_gguf(tmp_path / "bad.gguf")
+        with open_gguf(tmp_path / "bad.gguf") as bad, pytest.raises(KsortError, match=rf"bad\.gguf: tensor {name}"):
+            folded_plan(bad)
 
 
 def test_order_of_a_layer_that_is_missing_is_refused(source, tmp_path: Path):
@@ -176,16 +177,14 @@ def test_unknown_steps_are_refused(source, steps):
     metadata = {key: value.decode() for key, value in plan_values(plan).items()}
     metadata[Keys.PLAN_STEPS] = steps
     with pytest.raises(KsortError, match=r"p\.gguf: plan steps .* are not known"):
-        plan_of(metadata, {}, "p.gguf")
+        _plan(metadata, {}, "p.gguf")
 
 
-def test_tables_of_steps_that_the_plan_lacks_do_not_run(source, tmp_path: Path, rng):
+def test_tables_of_steps_that_the_plan_lacks_are_refused(source, tmp_path: Path, rng):
     """Catches a plan that says rotate and scale but shifts as well."""
     path = write_damaged(tmp_path / "p.gguf", tables_of(source, rng), {}, steps=("scale", "rotate"))
-    plan = read_plan(path)
-    assert plan.order is None and plan.rank is None and plan.keys.rotate
-    for transforms in (plan.keys, plan.values):
-        assert transforms.scale and not transforms.shift and not transforms.sequence and not transforms.feedback
+    with pytest.raises(KsortError, match=r"p\.gguf: tensor ksort\.blk\..* belongs to no step of the plan"):
+        read_plan(path)
 
 
 def test_plan_without_a_version_is_refused(source):
@@ -194,4 +193,4 @@ def test_plan_without_a_version_is_refused(source):
     metadata = {key: value.decode() for key, value in plan_values(plan).items()}
     del metadata["ksort.format_version"]
     with pytest.raises(KsortError, match=r"ksort\.format_version is missing"):
-        plan_of(metadata, {}, "p.gguf")
+        _plan(metadata, {}, "p.gguf")

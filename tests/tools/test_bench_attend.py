@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import read_bandwidth
 
-from ksort_gguf import native
-from ksort_gguf.native_pool import Pool
+from ksort_gguf.binding.cpu import attend
+from ksort_gguf.binding.levels import available_levels, kernels
+from ksort_gguf.binding.run import Pool
 
 LAYER = attend_steps.Layer(4, 2, 32, "bfp12", "f16")
 
@@ -30,12 +31,12 @@ def run(capsys, *arguments: str) -> tuple[int, str, str]:
 
 def test_table_and_json(small_memory, capsys):
     """Catches rows that are missing, turns that are not counted or counted twice, and a kernel level left changed."""
-    before = native.kernels()
+    before = kernels()
     status, out, err = run(capsys, "-H", "4", "-KH", "2", "-D", "64", "-d", "64,192,640", "-r", "2")
     assert status == 0, err
     *table, line = out.splitlines()
     summary = json.loads(line)
-    levels = native.available_levels()[::-1]
+    levels = available_levels()[::-1]
     expected = [(level, depth) for level in levels for depth in (64, 192, 640)]
     assert [(row["level"], row["depth"]) for row in summary["rows"]] == expected
     assert [tuple(cells.split(" | ")[:2]) for cells in table[4 : 4 + len(expected)]] == [
@@ -47,7 +48,7 @@ def test_table_and_json(small_memory, capsys):
         assert row["gb_s"] == pytest.approx(row["bytes"] / row["us"] / 1e3)
         assert 0 < row["lowest"] <= row["share"] <= row["highest"]
     assert err.count("turn ") == 3
-    assert (summary["n_threads"], native.kernels()) == (2, before)
+    assert (summary["n_threads"], kernels()) == (2, before)
 
 
 @pytest.mark.parametrize(
@@ -68,7 +69,7 @@ def test_copies_fill_memory():
 
 @pytest.mark.parametrize("depth", [1, 100, 192])
 def test_steps_are_whole(depth: int):
-    """Catches steps of too few tokens or of another copy's: the output must be that of native.attend on that copy."""
+    """Catches steps of too few tokens or of another copy's: the output must be that of cpu.attend on that copy."""
     n_tiles = attend_steps.n_tiles(depth)
     generator = np.random.default_rng(1)
     k, v = (attend_steps.Memory(LAYER, name, 2 * n_tiles, generator) for name in (LAYER.k_type, LAYER.v_type))
@@ -78,10 +79,9 @@ def test_steps_are_whole(depth: int):
             caches = k.cache(depth, copy), v.cache(depth, copy)
             steps = attend_steps.DecodeSteps(LAYER, pool, depth, [caches])
             assert steps.run() > 0
-            waves = {"cos": steps.cos[None], "sin": steps.sin[None]}
-            expected = native.attend(
+            expected = attend(
                 *caches, steps.q[None], depth - 1, scale=LAYER.scale, rope=LAYER.rope(), query_type=LAYER.query_type,
-                **waves, nth=2,
+                cos=steps.cos, sin=steps.sin, nth=2,
             )  # fmt: skip
             np.testing.assert_allclose(steps.out, expected[0], rtol=1e-5, atol=1e-6)
             outputs.append(steps.out)
@@ -94,7 +94,7 @@ def test_readers_read_everything():
         readers = read_bandwidth.Readers(pool, 1 << 20)
         speeds = readers.run()
         assert min(speeds.values()) > 0
-        np.testing.assert_array_equal(readers._y, read_bandwidth.READ_ROW)  # ones times ones, row by row
+        np.testing.assert_array_equal(readers._y[0], read_bandwidth.READ_ROW)  # ones times ones, row by row
         for name in ("or of int64", "maximum of float32"):
             pieces = readers._readers[name]()
             assert len(pieces) == 2 and len(set(pieces)) == 1 and pieces[0] != 0

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ksort_gguf.runtime import cuda_device
+from ksort_gguf.cache import cuda_device
 
 SHAPE = cuda_steps.Shape(8, 32, 8, 128, 32768)
 without_gpu = pytest.mark.skipif(cuda_device.missing() is None, reason="has a GPU")
@@ -53,7 +53,7 @@ def test_decode_mistakes_end_in_one_line(capsys, arguments, words):
 
 
 def test_bytes_are_those_that_must_move():
-    """Catches query heads counted as KV heads, one sequence counted for all, and f16 rows counted as f32."""
+    """Catches query heads counted as KV heads, one context counted for all, and f16 rows counted as f32."""
     assert SHAPE.cache_bytes("f16", "f16") == 8 * 32768 * 8 * 128 * 2 * 2
     assert SHAPE.cache_bytes("f16", "f16") / SHAPE.cache_bytes("bfp12", "f16") == pytest.approx(1.58, abs=0.01)
     assert SHAPE.cache_bytes("f16", "f16") / SHAPE.cache_bytes("bfp12", "bfp12") == pytest.approx(3.765, abs=0.01)
@@ -90,7 +90,7 @@ def test_decode_turns():
     """Catches turns that run on into the last one's tokens, a turn without graph that has one, and bytes of another
     depth."""
     model = Model()
-    loaded = SimpleNamespace(model=model, path=Path("m.gguf"), cache_options=lambda *types: types)
+    loaded = SimpleNamespace(backend=model, path=Path("m.gguf"), cache_options=lambda *types: types)
     row = bench_decode_cuda.measure(loaded, "bfp12", "f16", [0] * 13, depth=10, n_turns=2)
     one_turn = [(use_graph, n, 1) for use_graph in (True, False) for n in (10, 11, 12)]
     assert model.steps == [(True, 0, 10), *one_turn * 3]
@@ -102,18 +102,20 @@ def test_decode_turns():
 def test_steps_attend_as_torch_does():
     """Catches rows, strides or lengths that the library reads otherwise: a benchmark of something else."""
     shape = cuda_steps.Shape(3, 8, 2, 128, 200, 200)
-    waves = cuda_steps.Waves(2, 128, 200)
-    steps = cuda_steps.PackedSteps(shape, "bfp16", "f16", 1, waves)
+    rope = cuda_steps.Rope(2, 128, 200)
+    steps = cuda_steps.PackedSteps(shape, "bfp16", "f16", 1, rope)
     for call in (*steps.pack_calls(), *steps.attend_calls()):
         call()
     steps.check()
-    cos, sin = (wave.repeat(1, 2) for wave in waves._kept[3:])  # [200, 128]: both halves of a head turn alike
+    cos, sin = (table.repeat(1, 2) for table in (rope.cos, rope.sin))  # [200, 128]: both halves of a head turn alike
 
-    def turned(x: torch.Tensor) -> torch.Tensor:
-        x = x.transpose(1, 2).float()
+    def heads(rows: torch.Tensor) -> torch.Tensor:
+        return rows.view(3, 200, -1, 128).transpose(1, 2).float()
+
+    def turned(rows: torch.Tensor) -> torch.Tensor:
+        x = heads(rows)
         return x * cos + torch.cat((-x[..., 64:], x[..., :64]), -1) * sin
 
-    (k, v), (q, out, _) = steps._x[0], steps._attended
-    values = v.transpose(1, 2).float()
-    expected = F.scaled_dot_product_attention(turned(q), turned(k), values, is_causal=True, enable_gqa=True)
-    assert (out - expected.transpose(1, 2)).abs().mean() < 0.02 * expected.std()
+    k, v = steps.x[0]
+    expected = F.scaled_dot_product_attention(turned(steps.q), turned(k), heads(v), is_causal=True, enable_gqa=True)
+    assert (heads(steps.out) - expected).abs().mean() < 0.02 * expected.std()

@@ -4,13 +4,7 @@ import json
 import sys
 
 import bench_vs_llama_cpp as bench
-import numpy as np
 import pytest
-from checkpoint_support import LLAMA, random_weights, write_checkpoint, write_sentencepiece
-
-from ksort_gguf.convert import convert
-
-N_VOCAB = 320
 
 
 class Recorder:
@@ -49,15 +43,6 @@ def test_ratios_are_of_the_same_turn():
     assert (row["ours_ts"], row["theirs_ts"]) == (30.0, 10.0)
 
 
-@pytest.fixture(scope="module")
-def stock(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    weights = {name: w / 4 for name, w in random_weights(np.random.default_rng(3), n_vocab=N_VOCAB).items()}
-    directory = write_checkpoint(folder / "hf", {**LLAMA, "vocab_size": N_VOCAB}, weights)
-    write_sentencepiece(directory / "tokenizer.model", n_vocab=310)
-    return convert(directory, folder / "stock.gguf", plan="none", outtype="f16").path
-
-
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -70,21 +55,22 @@ def stock(tmp_path_factory):
         ([], "pip install llama-cpp-python"),
     ],
 )
-def test_mistakes_end_in_one_line(stock, capsys, monkeypatch, arguments, words: str):
+def test_mistakes_end_in_one_line(folder, capsys, monkeypatch, arguments, words: str):
     """Catches tracebacks, also where llama.cpp is not installed."""
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
     capsys.readouterr()
-    assert bench.main(["-m", str(stock), "-t", "1", *arguments]) == 1
+    assert bench.main(["-m", str(folder / "stock.gguf"), "-t", "1", *arguments]) == 1
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: ") and words in lines[0]
 
 
 @pytest.mark.peers
-def test_both_engines_run(stock, capsys):
+def test_both_engines_run(folder, capsys):
     """Catches calls of llama.cpp that its next version refuses, and rows that are missing."""
     pytest.importorskip("llama_cpp")
     sizes = ["-p", "8", "-n", "2", "-d", "0,16", "-r", "2", "-t", "1"]
-    assert bench.main(["-m", str(stock), *sizes, "--ours", "f16/f16,f16/bfp12", "--theirs", "f16/f16"]) == 0
+    caches = ["--ours", "f16/f16,f16/bfp12", "--theirs", "f16/f16"]
+    assert bench.main(["-m", str(folder / "stock.gguf"), *sizes, *caches]) == 0
     *_, line = capsys.readouterr().out.splitlines()
     tests = [row["test"] for row in json.loads(line)["rows"]]
     assert tests == [test for test in ("pp8 @ d16", "tg2 @ d16", "pp8", "tg2") for _ in range(2)]

@@ -6,52 +6,18 @@ import compare_caches
 import pytest
 import torch
 from cache_rows import Runner, parse_row
-from checkpoint_support import LLAMA, QWEN2, random_weights, write_checkpoint, write_sentencepiece
+from checkpoint_support import LLAMA, QWEN2
 from model_variants import ModelVariants
 from simulated_caches import FLOATS
-from simulated_caches.attention import SimulatedStep
+from simulated_caches.attention import SimulatedAttention
 
-from ksort_gguf.cli import main
-from ksort_gguf.convert import convert
-from ksort_gguf.runtime.load import load_model
+from ksort_gguf.engine.load import load_model
 
-N_VOCAB = 300
 MODELS = {
     "llama": (LLAMA, False),
     "llama-window": ({**LLAMA, "architectures": ["MistralForCausalLM"], "sliding_window": 24}, False),
     "qwen2": (QWEN2, True),
 }
-
-
-def write_model(folder, rng, config, biases, vocabulary=False):
-    """A stock GGUF of random weights in `folder`, small enough that attention is soft and perplexity finite."""
-    weights = {name: w / 4 for name, w in random_weights(rng, biases=biases, n_vocab=N_VOCAB).items()}
-    directory = write_checkpoint(folder / "hf", {**config, "vocab_size": N_VOCAB}, weights)
-    if vocabulary:
-        write_sentencepiece(directory / "tokenizer.model", N_VOCAB)
-    convert(directory, folder / "stock.gguf", plan="none", outtype="f16")
-    return folder / "stock.gguf"
-
-
-def write_text(folder):
-    """Words that the model's vocabulary was trained on, enough for several chunks."""
-    path = folder / "text.txt"
-    path.write_text("karaka lotilo miwomi nupenu serase katika lowolo mipemi " * 120)
-    return path
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """A folder with stock.gguf, text.txt and two plan files of one name."""
-    import numpy as np
-
-    folder = tmp_path_factory.mktemp("model")
-    path = write_model(folder, np.random.default_rng(3), LLAMA, biases=False, vocabulary=True)
-    write_text(folder)
-    (folder / "other").mkdir()
-    for plan_file in (folder / "sorted.gguf", folder / "other" / "sorted.gguf"):
-        assert main(["plan", str(path), "--outfile", str(plan_file)]) == 0
-    return folder
 
 
 def run(capsys, monkeypatch, *arguments) -> tuple[int, str, str]:
@@ -62,38 +28,34 @@ def run(capsys, monkeypatch, *arguments) -> tuple[int, str, str]:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_simulated_step_equals_the_native_one(name, rng, tmp_path):
-    """Would catch a RoPE table, head group, stride, window or scale that differs from the real path's."""
-    path = write_model(tmp_path, rng, *MODELS[name])
-    tokens = rng.integers(0, N_VOCAB, 100).tolist()
-    loaded = load_model(path, n_threads=1)
-    expected = loaded.model.start(loaded.cache_options("f32", "f32"), 100).forward(tokens, n_logits=100)
-    variants = ModelVariants(str(path), [], 1)
-    model, exact = variants.model(), FLOATS["f32"]
-    steps = [SimulatedStep(variants.geometry, variants.rope_tables(i), exact, exact) for i in range(2)]
-    with torch.inference_mode():
-        logits = model.logits(model.run_layers(torch.tensor(tokens), steps, 0))
-    torch.testing.assert_close(logits, expected, atol=1e-3, rtol=1e-3)
+def test_simulated_attention_equals_the_native_one(name, rng, tmp_path, write_model):
+    """Would catch a RoPE table, head group, stride, window or scale that differs from the real path's, and a text cut
+    in two because it is longer than what goes through the layers together."""
+    variants = ModelVariants(write_model(tmp_path, *MODELS[name]), [], 1)
+    tokens = rng.integers(0, variants.spec.n_vocab, 600).tolist()
+    runner, exact = Runner(variants, 600), [FLOATS["f32"]] * variants.spec.n_layers
+    expected, _ = runner.prepare(parse_row("f32/f32", {}))
+    simulated = runner._forward(SimulatedAttention(variants.layers(600), exact, exact))
+    torch.testing.assert_close(simulated(tokens, 0), expected(tokens, 0), atol=1e-3, rtol=1e-3)
 
 
-def test_simulations_take_folded_files(model, tmp_path, rng):
+def test_simulations_take_folded_files(folder, rng):
     """Would catch stock RoPE tables on folded weights."""
-    convert(model / "stock.gguf", tmp_path / "folded.gguf", block_size=32)
-    tokens = rng.integers(0, N_VOCAB, 64).tolist()
+    tokens = rng.integers(0, 300, 64).tolist()
     logits = []
-    for path in (model / "stock.gguf", tmp_path / "folded.gguf"):
-        forward, _ = Runner(ModelVariants(str(path), [], 1), 64).prepare(parse_row("q8_0", {}))
+    for name in ("stock.gguf", "folded.gguf"):
+        forward, _ = Runner(ModelVariants(folder / name, [], 1), 64).prepare(parse_row("q8_0", {}))
         logits.append(forward(tokens, 0))
     torch.testing.assert_close(logits[0], logits[1], atol=0.05 * float(logits[0].std()), rtol=0)
 
 
-def test_a_plan_row_equals_the_runner_with_that_plan_file(model, rng):
+def test_a_plan_row_equals_the_runner_with_that_plan_file(folder, rng):
     """Would catch a variant that folds other rows than the runner does, or shares what it must not."""
-    path, plan_file = model / "stock.gguf", model / "sorted.gguf"
-    tokens = rng.integers(0, N_VOCAB, 64).tolist()
+    path, plan_file = folder / "stock.gguf", folder / "sorted.gguf"
+    tokens = rng.integers(0, 300, 64).tolist()
     loaded = load_model(path, plan_file, n_threads=1)
-    expected = loaded.model.start(loaded.cache_options("bfp12", block_size=16), 64).forward(tokens, n_logits=64)
-    variants = ModelVariants(str(path), [str(plan_file)], 1)
+    expected = loaded.backend.start(loaded.cache_options("bfp12", block_size=16), 64).forward(tokens, n_logits=64)
+    variants = ModelVariants(path, [str(plan_file)], 1)
     runner = Runner(variants, 64)
     plain, _ = runner.prepare(parse_row("bfp12-16", variants.plans))
     before = plain(tokens, 0)
@@ -103,12 +65,12 @@ def test_a_plan_row_equals_the_runner_with_that_plan_file(model, rng):
     assert not torch.allclose(before, expected) and bits() == (4.5, 16)
 
 
-def test_tables_and_json(model, capsys, monkeypatch):
+def test_tables_and_json(folder, capsys, monkeypatch):
     """Would catch columns that are mixed up, rows that go missing, and a last line that is no JSON."""
     types = "bfp16,bfp12-16,q8_0,q4_0/q8_0,kvquant-2,kvquant-4/f16,f32/f16,bfp12@sorted"
     status, out, err = run(
-        capsys, monkeypatch, "-m", model / "stock.gguf", "-f", model / "text.txt", "-c", "64,128", "--chunks", 2,
-        "--types", types, "--plan-file", model / "sorted.gguf", "-t", 1,
+        capsys, monkeypatch, "-m", folder / "stock.gguf", "-f", folder / "text.txt", "-c", "64,128", "--chunks", 2,
+        "--types", types, "--plan-file", folder / "sorted.gguf", "-t", 1,
     )  # fmt: skip
     assert status == 0, err
     summary = json.loads(out.splitlines()[-1])
@@ -126,14 +88,14 @@ def test_tables_and_json(model, capsys, monkeypatch):
     assert out.count("| q8_0 | 8.50 | 16.00 |") == 2
 
 
-def test_default_rows_that_do_not_fit_are_left_out(model, capsys, monkeypatch):
+def test_default_rows_that_do_not_fit_are_left_out(folder, capsys, monkeypatch):
     """Would catch a default list that fails on heads of 32, which llama.cpp does not rotate."""
     monkeypatch.setattr(compare_caches, "OUR_DEFAULTS", ("bfp12",))
     monkeypatch.setattr(compare_caches, "PLAN_DEFAULTS", ("bfp12@shift+rotate", "bfp12/bfp16@balanced"))
     monkeypatch.setattr(compare_caches, "PEER_DEFAULTS", ("q4_0", "q4_0+hadamard"))
     status, out, err = run(
-        capsys, monkeypatch, "-m", model / "stock.gguf", "-f", model / "text.txt", "-c", 64, "--chunks", 1, "-t", 1,
-        "--plan-file", model / "sorted.gguf",
+        capsys, monkeypatch, "-m", folder / "stock.gguf", "-f", folder / "text.txt", "-c", 64, "--chunks", 1, "-t", 1,
+        "--plan-file", folder / "sorted.gguf",
     )  # fmt: skip
     assert status == 0
     rows = json.loads(out.splitlines()[-1])["contexts"][0]["rows"]
@@ -162,9 +124,9 @@ def test_default_rows_that_do_not_fit_are_left_out(model, capsys, monkeypatch):
         (["-m", "{dir}/none.gguf"], "none.gguf"),
     ],
 )
-def test_mistakes_end_in_one_line(model, capsys, monkeypatch, arguments, words):
+def test_mistakes_end_in_one_line(folder, capsys, monkeypatch, arguments, words):
     """Would catch tracebacks, and mistakes that show only after minutes of measuring."""
-    base = ["-m", model / "stock.gguf", "-f", model / "text.txt", "-c", "64", "--chunks", 1]
-    status, out, err = run(capsys, monkeypatch, *base, *(a.format(dir=model) for a in arguments))
+    base = ["-m", folder / "stock.gguf", "-f", folder / "text.txt", "-c", "64", "--chunks", 1]
+    status, out, err = run(capsys, monkeypatch, *base, *(a.format(dir=folder) for a in arguments))
     assert status == 1 and out == ""
     assert len(err.splitlines()) == 1 and err.startswith("error: ") and words in err

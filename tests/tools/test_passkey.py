@@ -4,24 +4,10 @@ import json
 
 import passkey
 import pytest
-from checkpoint_support import LLAMA, random_weights, write_checkpoint, write_sentencepiece
 from passkey import FILLER, N_ANSWER, QUESTION, Trial, draw_trials, is_right, prompt_ids
 from text_support import byte_tokenizer
 
-from ksort_gguf.convert import convert
 from ksort_gguf.errors import KsortError
-
-N_VOCAB = 300
-
-
-@pytest.fixture
-def model(tmp_path, rng):
-    """A random model with a SentencePiece vocabulary and a context of 1024."""
-    weights = {name: w / 4 for name, w in random_weights(rng, n_vocab=N_VOCAB).items()}
-    config = {**LLAMA, "vocab_size": N_VOCAB, "max_position_embeddings": 1024}
-    directory = write_checkpoint(tmp_path / "hf", config, weights)
-    write_sentencepiece(directory / "tokenizer.model", N_VOCAB)
-    return convert(directory, tmp_path / "stock.gguf", plan="none").path
 
 
 @pytest.mark.parametrize("depth", [0.0, 0.37, 1.0])
@@ -66,7 +52,7 @@ def test_the_first_number_counts(text, right):
     assert is_right(text, 54321) is right
 
 
-def test_right_answers_are_counted(model, monkeypatch, capsys):
+def test_right_answers_are_counted(folder, monkeypatch, capsys):
     """Would catch accuracies of the wrong cache or context: one cache is made to know the key, the other not."""
 
     def answer(generator, tokenizer, ids):
@@ -74,7 +60,8 @@ def test_right_answers_are_counted(model, monkeypatch, capsys):
         return key if generator.cache.options.k_type == "f16" else "no"
 
     monkeypatch.setattr(passkey, "answer", answer)
-    assert passkey.main(["-m", str(model), "-c", "700,900", "--trials", "3", "-ctk", "f16", "bfp12"]) == 0
+    model = str(folder / "stock.gguf")
+    assert passkey.main(["-m", model, "-c", "700,900", "--trials", "3", "-t", "1", "-ctk", "f16", "bfp12"]) == 0
     *table, line = capsys.readouterr().out.splitlines()
     assert table == [
         "| K cache | 700 tokens | 900 tokens |",
@@ -86,11 +73,11 @@ def test_right_answers_are_counted(model, monkeypatch, capsys):
     assert counts == [("f16", 700, 3), ("bfp12", 700, 0), ("f16", 900, 3), ("bfp12", 900, 0)]
 
 
-def test_runs_through_the_model_twice_alike(model, capsys):
+def test_runs_through_the_model_twice_alike(folder, capsys):
     """Would catch answers that depend on earlier runs, and contexts beyond the model's own that are tried anyway."""
-    outputs = []
+    outputs, model = [], str(folder / "stock.gguf")
     for _ in range(2):
-        assert passkey.main(["-m", str(model), "-c", "700,4096", "--trials", "2", "-s", "3", "-t", "1"]) == 0
+        assert passkey.main(["-m", model, "-c", "700,4096", "--trials", "2", "-s", "3", "-t", "1"]) == 0
         outputs.append(capsys.readouterr())
     assert outputs[0].out == outputs[1].out
     answers = [[line for line in output.err.splitlines() if "->" in line] for output in outputs]
@@ -100,9 +87,9 @@ def test_runs_through_the_model_twice_alike(model, capsys):
 
 
 @pytest.mark.parametrize("arguments", [["-c", "many"], ["-c", "2048"], ["--trials", "0"], ["-s", "-1"], ["-t", "-1"]])
-def test_wrong_arguments_are_one_line(model, capsys, arguments):
+def test_wrong_arguments_are_one_line(folder, capsys, arguments):
     """Would catch tracebacks, and tables without rows."""
-    assert passkey.main(["-m", str(model), *arguments]) == 1
+    assert passkey.main(["-m", str(folder / "stock.gguf"), *arguments]) == 1
     output = capsys.readouterr()
     assert output.out == ""
     assert output.err.splitlines()[-1].startswith("error: -")

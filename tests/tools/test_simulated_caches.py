@@ -1,5 +1,7 @@
 """Simulated caches: their arithmetic against peers and slow definitions, and what queries may know."""
 
+import functools
+
 import gguf
 import numpy as np
 import pytest
@@ -16,9 +18,12 @@ N, N_HEADS, N_KV_HEADS, HEAD_DIM = 300, 6, 2, 64
 
 def turned(x: torch.Tensor) -> torch.Tensor:
     """Stands for RoPE: each token's channels turn by its position, so that no two tokens are treated alike."""
-    return torch.stack([row.roll(t % x.shape[2], dims=1) for t, row in enumerate(x.unbind(1))], 1)
+    n, head_dim = x.shape[1:]
+    came_from = (torch.arange(head_dim) - torch.arange(n)[:, None]) % head_dim
+    return x.gather(2, came_from.expand_as(x))
 
 
+@functools.cache
 def layer_of(seed: int, n: int = N, head_dim: int = HEAD_DIM) -> LayerTensors:
     """Random tensors with a few large channels and tokens, as keys have them."""
     random = torch.Generator().manual_seed(seed)
@@ -29,6 +34,7 @@ def layer_of(seed: int, n: int = N, head_dim: int = HEAD_DIM) -> LayerTensors:
     return LayerTensors(q, turned(k), k, v, turned, head_dim**-0.5)
 
 
+@functools.cache
 def fitted(name: str, side: str):
     scheme = (SCHEMES | FLOATS)[name]
     return scheme.fit(layer_of(9), side) if scheme.needs_calibration else scheme
@@ -219,7 +225,7 @@ def with_window(bits: float, n_stored) -> float:
         ("os+-4", "k", 4.5), ("f16", "v", 16), ("f32", "k", 32),
     ],
 )  # fmt: skip
-def test_bits_are_counted_all_told(name, side, bits):
+def test_all_bits_are_counted(name, side, bits):
     """Would catch scales, indices or windows that are left out of the count."""
     assert fitted(name, side).store(layer_of(9), side).bits == pytest.approx(bits)
 
