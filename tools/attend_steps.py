@@ -5,15 +5,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ksort_gguf import cache_types, native
-from ksort_gguf.cache_types import CACHE_TYPES, DEFAULT_QUERY_TYPE, TILE_TOKENS
+from ksort_gguf.binding.cpu import PackedHeads
+from ksort_gguf.binding.ffi import aligned_buffer
+from ksort_gguf.binding.rows import FloatRows
+from ksort_gguf.binding.run import LayerStep, Pool
 from ksort_gguf.errors import KsortError
-from ksort_gguf.families.rope import RopeTables, stock_tables
-from ksort_gguf.native_pool import LayerStep, Pool
-from ksort_gguf.native_structs import aligned_buffer
+from ksort_gguf.kvplan import RopeTables
+from ksort_gguf.models.rope import stock_tables
+from ksort_gguf.names import CACHE_TYPES, DEFAULT_QUERY_TYPE, TILE_TOKENS, default_block_size
 
 PACKED_AT_ONCE = 4096  # tokens
-LEAST_STEPS = 8  # of a turn: the first finds cold page tables, which those of a model's other layers do not
+LEAST_STEPS = 8  # of a turn: the first finds cold page tables, which a model's other layers do not
 
 
 @dataclass(frozen=True)
@@ -28,11 +30,11 @@ class Layer:
 
     @property
     def block_size(self) -> int:
-        return cache_types.default_block_size(self.head_dim)
+        return default_block_size(self.head_dim)
 
     def tile_bytes(self, type_name: str) -> int:
         """Bytes of a tile of all KV heads."""
-        return self.n_kv_heads * cache_types.tile_bytes(CACHE_TYPES[type_name], self.head_dim, self.block_size)
+        return self.n_kv_heads * CACHE_TYPES[type_name].tile_bytes(self.head_dim, self.block_size)
 
     @property
     def has_blocks(self) -> bool:
@@ -79,36 +81,37 @@ class Memory:
         except (MemoryError, ValueError) as error:
             size = tiles * self._tile_bytes / 2**30
             raise KsortError(f"no memory for {size:.1f} GiB of {type_name}: lower the depths with -d") from error
-        whole = native.Cache(*self._format, tiles * TILE_TOKENS, self._bytes)
+        whole = PackedHeads(*self._format, tiles * TILE_TOKENS, self._bytes)
         for slot in range(0, tiles * TILE_TOKENS, PACKED_AT_ONCE):
             n_tokens = min(PACKED_AT_ONCE, tiles * TILE_TOKENS - slot)
             shape = n_tokens, layer.n_kv_heads, layer.head_dim
             whole.pack(generator.standard_normal(shape, dtype=np.float32), slot)
 
-    def cache(self, depth: int, copy: int) -> native.Cache:
+    def cache(self, depth: int, copy: int) -> PackedHeads:
         """Copy number `copy` of caches of `depth` tokens; copies share no tile."""
         n_bytes = n_tiles(depth) * self._tile_bytes
-        return native.Cache(*self._format, depth, self._bytes[copy * n_bytes : (copy + 1) * n_bytes])
+        return PackedHeads(*self._format, depth, self._bytes[copy * n_bytes : (copy + 1) * n_bytes])
 
 
 class DecodeSteps:
     """A decode step of one token in slot `depth` - 1, on each copy of the caches. `out`: float32, the last one's."""
 
-    def __init__(self, layer: Layer, pool: Pool, depth: int, caches: list[tuple[native.Cache, native.Cache]]):
+    def __init__(self, layer: Layer, pool: Pool, depth: int, caches: list[tuple[PackedHeads, PackedHeads]]):
         self.depth, self.n_bytes = depth, layer.step_bytes(depth)
-        self.q = np.random.default_rng(depth).standard_normal((layer.n_heads, layer.head_dim), dtype=np.float32)
+        n_q, n_kv = layer.n_heads * layer.head_dim, layer.n_kv_heads * layer.head_dim
+        qkv = np.random.default_rng(depth).standard_normal((1, n_q + 2 * n_kv), dtype=np.float32)
+        self.q = qkv[0, :n_q].reshape(layer.n_heads, layer.head_dim)
         self.out = np.empty_like(self.q)
-        frequencies = 10000.0 ** (-np.arange(0, layer.head_dim, 2) / layer.head_dim)
-        self.cos, self.sin = (wave((depth - 1) * frequencies).astype(np.float32) for wave in (np.cos, np.sin))
+        theta = (depth - 1) * 10000.0 ** (-np.arange(0, layer.head_dim, 2) / layer.head_dim)
+        self.cos, self.sin = (part(theta)[None].astype(np.float32) for part in (np.cos, np.sin))
         rope, self._steps = layer.rope(), []
         for k_cache, v_cache in caches:
             step = LayerStep(
                 pool, k_cache, v_cache, n_heads=layer.n_heads, scale=layer.scale, window=0,
                 query_type=layer.query_type, rope=rope,
             )  # fmt: skip
-            # rows hold q alone, without k and v: only attending runs
-            waves = self.cos.ctypes.data, self.sin.ctypes.data, len(frequencies)
-            step.prepare(self.q.ctypes.data, self.q.size, 1, depth - 1, *waves, self.out.ctypes.data, self.q.size)
+            rows = (FloatRows(array) for array in (self.cos, self.sin, self.out.reshape(1, n_q)))
+            step.prepare(FloatRows(qkv), depth - 1, *rows)
             self._steps.append(step)
 
     def run(self) -> float:

@@ -29,13 +29,13 @@ from attend_steps import DecodeSteps, Layer, Memory, n_tiles
 from command_line import counts, run_tool
 from read_bandwidth import Readers, last_cache_bytes
 
-from ksort_gguf import native
-from ksort_gguf.cache_types import BLOCK_SIZES, K_TYPES, MAX_HEAD_DIM, TILE_TOKENS, V_TYPES
+from ksort_gguf.binding.levels import available_levels, kernels, select_kernels
+from ksort_gguf.binding.run import Pool
 from ksort_gguf.errors import KsortError
-from ksort_gguf.native_pool import Pool
+from ksort_gguf.names import BLOCK_SIZES, K_TYPES, MAX_HEAD_DIM, TILE_TOKENS, V_TYPES
 
 DEPTHS = "2048,8192,32768,131072"
-MAX_THREADS = 65535  # of a pool: ksort.h
+MAX_THREADS = 65535  # of a pool: ksort_run.h
 READ_BYTES = 512 << 20  # of the readers' buffer, at least
 LAST_CACHE_TIMES = 4  # what steps and readers go through, at least
 
@@ -51,7 +51,7 @@ class Row:
 
     def take_turn(self, readers: Readers, counted: bool) -> None:
         speeds = readers.run()
-        native.select_kernels(self.level)
+        select_kernels(self.level)
         us = self.steps.run()
         if counted:
             self.us.append(us)
@@ -130,14 +130,14 @@ def run(args: argparse.Namespace) -> None:
 
 def take_turns(rows: list[Row], readers: Readers, n_turns: int) -> None:
     """Measure every row `n_turns` times, after a turn that does not count. The level in use stays as it is."""
-    in_use = native.kernels()
+    in_use = kernels()
     try:
         for turn in range(n_turns + 1):
             for row in rows:
                 row.take_turn(readers, counted=turn > 0)
             print(f"turn {turn} of {n_turns}", file=sys.stderr, flush=True)
     finally:
-        native.select_kernels(in_use)
+        select_kernels(in_use)
 
 
 def _report(layer: Layer, n_threads: int, measured: list[Row]) -> None:
@@ -182,7 +182,7 @@ def _layer(args: argparse.Namespace) -> Layer:
 
 def _levels(text: str | None) -> list[str]:
     """Kernel levels, highest first unless said otherwise. Raises KsortError for one that cannot run here."""
-    usable = native.available_levels()
+    usable = available_levels()
     levels = text.split(",") if text is not None else usable[::-1]
     for level in levels:
         if level not in usable:

@@ -5,7 +5,7 @@
 No model: keys, values and queries are random normal, packed by the library, and go through the calls that the runner
 makes, RoPE included. Three parts:
 
-    decode  one token for each of B sequences in slot T - 1
+    decode  one token for each of B contexts in slot T - 1
     prompt  n tokens at once: 4096 of 4096, and 512 behind 32768
     pack    4096 tokens, RoPE and storing, without a plan and with all of its run-time steps
 
@@ -25,12 +25,12 @@ from itertools import product
 
 import torch
 from command_line import counts, run_tool
-from cuda_steps import PackedSteps, Plan, Shape, Waves, sdpa_calls
+from cuda_steps import PackedSteps, Plan, Rope, Shape, sdpa_calls
 from cuda_timing import call_us, copy_gb_s, n_copies
 
+from ksort_gguf.binding.cuda import HEAD_DIMS, K_TYPES, V_TYPES
+from ksort_gguf.cache.cuda_device import require_cuda
 from ksort_gguf.errors import KsortError
-from ksort_gguf.native_cuda import HEAD_DIMS, K_TYPES, V_TYPES
-from ksort_gguf.runtime.cuda_device import require_cuda
 
 PARTS = ("decode", "prompt", "pack")
 PROMPTS = ((4096, 0), (512, 32768))  # new tokens, tokens before them
@@ -41,8 +41,8 @@ MEMORY_SHARE = 0.9  # of the free memory that a shape's data may take
 class Bench:
     """Measures shapes; `copy` is the speed of a copy in GB/s."""
 
-    def __init__(self, types: list[tuple[str, str]], repetitions: int, waves: dict[tuple[int, int], Waves]):
-        self._types, self._repetitions, self._waves = types, repetitions, waves
+    def __init__(self, types: list[tuple[str, str]], repetitions: int, ropes: dict[tuple[int, int], Rope]):
+        self._types, self._repetitions, self._ropes = types, repetitions, ropes
         self.copy = copy_gb_s(repetitions)
 
     def attention(self, shape: Shape) -> dict | None:
@@ -54,11 +54,11 @@ class Bench:
             print(f"{_name(shape)} is left out: {needed / 2**30:.0f} GiB do not fit the GPU", file=sys.stderr)
             return None
         sdpa = self._sdpa(shape, f16_bytes)
-        best = min(sdpa, key=sdpa.get)
+        best = min(sdpa, key=lambda name: sdpa[name])
         row = {**vars(shape), "sdpa_us": sdpa, "best": best, "best_us": sdpa[best], "caches": []}
         for k_type, v_type in self._types:
             n_bytes = shape.cache_bytes(k_type, v_type)
-            steps = PackedSteps(shape, k_type, v_type, n_copies(n_bytes), self._waves_of(shape))
+            steps = PackedSteps(shape, k_type, v_type, n_copies(n_bytes), self._rope(shape))
             us = call_us(steps.attend_calls(), self._repetitions)
             steps.check()
             row["caches"].append(
@@ -75,7 +75,7 @@ class Bench:
         """The JSON row of packing the shape's new tokens."""
         torch.cuda.empty_cache()
         n_bytes = shape.x_bytes() + shape.cache_bytes(k_type, v_type)
-        steps = PackedSteps(shape, k_type, v_type, n_copies(n_bytes), self._waves_of(shape), plan)
+        steps = PackedSteps(shape, k_type, v_type, n_copies(n_bytes), self._rope(shape), plan)
         us = call_us(steps.pack_calls(), self._repetitions)
         steps.check()
         types = f"{k_type}/{v_type}"
@@ -99,8 +99,8 @@ class Bench:
         gb_s = n_bytes / us / 1e3
         return {"us": us, "bytes": n_bytes, "gb_s": gb_s, "share": gb_s / self.copy}
 
-    def _waves_of(self, shape: Shape) -> Waves:
-        return self._waves[shape.n_kv_heads, shape.head_dim]
+    def _rope(self, shape: Shape) -> Rope:
+        return self._ropes[shape.n_kv_heads, shape.head_dim]
 
 
 def run(args: argparse.Namespace) -> None:
@@ -114,8 +114,8 @@ def run(args: argparse.Namespace) -> None:
         raise KsortError(f"-D {head_dim}: expected one of {', '.join(map(str, HEAD_DIMS))}")
     require_cuda()
     longest = max(*depths, *(sum(prompt) for prompt in PROMPTS))
-    waves = {(n_kv_heads, head_dim): Waves(n_kv_heads, head_dim, longest) for n_kv_heads in {kv for _, kv in heads}}
-    bench = Bench(types, repetitions, waves)
+    ropes = {(n_kv_heads, head_dim): Rope(n_kv_heads, head_dim, longest) for n_kv_heads in {kv for _, kv in heads}}
+    bench = Bench(types, repetitions, ropes)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; a copy moves {bench.copy:.0f} GB/s\n")
     rows: dict[str, list[dict]] = {}
     if "decode" in parts:
@@ -202,7 +202,7 @@ def _types(spelling: str) -> tuple[str, str]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="bench_attend_cuda.py", description="Attention and packing on a GPU.")
     parser.add_argument("--parts", default=",".join(PARTS), metavar="PART,..", help="what to measure (%(default)s)")
-    parser.add_argument("-B", "--batch", default="1,8,64", metavar="N,..", help="sequences, decode (%(default)s)")
+    parser.add_argument("-B", "--batch", default="1,8,64", metavar="N,..", help="contexts, decode (%(default)s)")
     parser.add_argument("--heads", default="32/32,32/8,64/8", metavar="H/KH,..", help="heads (%(default)s)")
     parser.add_argument("-D", "--head-dim", default="128", metavar="N", help="channels a head (%(default)s)")
     parser.add_argument("-d", "--n-depth", default="2048,8192,32768,131072", metavar="N,..", help="slots (%(default)s)")

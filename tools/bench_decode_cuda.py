@@ -13,13 +13,15 @@ import json
 import statistics
 import sys
 import time
+from typing import cast
 
 import torch
 from command_line import counts, run_tool
 
-from ksort_gguf.cache_types import K_TYPES, V_TYPES
+from ksort_gguf.engine.load import LoadedModel, load_model
 from ksort_gguf.errors import KsortError
-from ksort_gguf.runtime.load import load_model
+from ksort_gguf.models.run_torch import TorchModel
+from ksort_gguf.names import K_TYPES, V_TYPES
 
 CACHES = "f16/f16,bfp12/f16,bfp12/bfp12"
 
@@ -30,7 +32,8 @@ def run(args: argparse.Namespace) -> None:
     (n_gen,), (n_turns,) = counts("-n", args.n_gen, lowest=1), counts("-r", args.repetitions, lowest=1)
     caches = [_types(spelling) for spelling in args.types.split(",")]
     loaded = load_model(args.model, args.plan_file, device="cuda")
-    tokens = torch.randint(loaded.model.n_vocab, (depth + n_gen,), generator=torch.Generator().manual_seed(0)).tolist()
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(loaded.backend.n_vocab, (depth + n_gen,), generator=generator).tolist()
     rows = [measure(loaded, *types, tokens, depth, n_turns) for types in caches]
     device = torch.cuda.get_device_name()
     print(f"{loaded.path.name} on {device}, tokens decoded one by one behind {depth} others\n")
@@ -44,19 +47,20 @@ def run(args: argparse.Namespace) -> None:
     print(json.dumps({"model": loaded.path.name, "device": device, "depth": depth, "n_gen": n_gen, "rows": rows}))
 
 
-def measure(loaded, k_type: str, v_type: str, tokens: list[int], depth: int, n_turns: int) -> dict:
+def measure(loaded: LoadedModel, k_type: str, v_type: str, tokens: list[int], depth: int, n_turns: int) -> dict:
     """One row: decoding tokens[depth:] behind tokens[:depth], turn by turn with the graph and without."""
-    sequence = loaded.model.start(loaded.cache_options(k_type, v_type), len(tokens))
-    sequence.forward(tokens[:depth])
-    row = {"k_type": k_type, "v_type": v_type, "k_bytes": sequence.cache.k_bytes(), "v_bytes": sequence.cache.v_bytes()}
+    model = cast(TorchModel, loaded.backend)
+    context = model.start(loaded.cache_options(k_type, v_type), len(tokens))
+    context.forward(tokens[:depth])
+    row = {"k_type": k_type, "v_type": v_type, "k_bytes": context.cache.k_bytes(), "v_bytes": context.cache.v_bytes()}
     seconds: dict[bool, list[float]] = {True: [], False: []}
     for turn in range(n_turns + 1):
         for use_graph, runs in seconds.items():
-            loaded.model.use_graph = use_graph
-            sequence.cache.truncate(depth)
+            model.use_graph = use_graph
+            context.cache.truncate(depth)
             start = time.perf_counter()
             for token in tokens[depth:]:
-                sequence.forward([token])
+                context.forward([token])
             if turn:
                 runs.append(time.perf_counter() - start)
     ratios = [eager / graph for graph, eager in zip(seconds[True], seconds[False], strict=True)]
@@ -84,7 +88,7 @@ def _types(spelling: str) -> tuple[str, str]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="bench_decode_cuda.py", description="Decoding on a GPU, by graph and not.")
     parser.add_argument("-m", "--model", required=True, metavar="FILE", help="GGUF file, stock or folded")
-    parser.add_argument("--plan-file", metavar="FILE", help="K plan for a stock GGUF")
+    parser.add_argument("--plan-file", metavar="FILE", help="KV plan for a stock GGUF")
     parser.add_argument("-d", "--n-depth", default="8192", metavar="N", help="tokens in the cache before (%(default)s)")
     parser.add_argument("-n", "--n-gen", default="64", metavar="N", help="tokens decoded in a run (%(default)s)")
     parser.add_argument("-r", "--repetitions", default="5", metavar="N", help="turns (%(default)s)")

@@ -1,4 +1,4 @@
-"""What packing costs in a prompt and in a decode step, with the run-time steps of a K plan and without them.
+"""What packing costs in a prompt and in a decode step, with the run-time steps of a KV plan and without them.
 
     python tools/bench_pack.py -m model.gguf --plan-file plan.gguf
 
@@ -15,98 +15,98 @@ file the `balanced` plan is made from its weights.
 
 import argparse
 import json
-import os
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
-from command_line import counts, run_tool
+from command_line import counts, n_threads, run_tool
 from model_variants import ModelVariants
 
-from ksort_gguf import native, native_pool
-from ksort_gguf.cache_types import (
-    CACHE_TYPES,
-    DEFAULT_QUERY_TYPE,
-    DEFAULT_V_TYPE,
-    K_TYPES,
-    V_TYPES,
-    default_block_size,
-)
+from ksort_gguf.binding.levels import kernels
+from ksort_gguf.binding.rows import FloatRows
+from ksort_gguf.binding.run import NO_PART, PARTS
+from ksort_gguf.cache.cpu import CpuAttention
+from ksort_gguf.cache.protocol import CacheOptions
 from ksort_gguf.errors import KsortError
-from ksort_gguf.runtime.kv_cache import CacheOptions
-from ksort_gguf.runtime.model import N_UBATCH, Model, Sequence
+from ksort_gguf.kvplan import KVPlan
+from ksort_gguf.models.run_native import NativeModel
+from ksort_gguf.names import CACHE_TYPES, DEFAULT_QUERY_TYPE, DEFAULT_V_TYPE, K_TYPES, V_TYPES, default_block_size
 
 WITH, WITHOUT = "with", "without"  # the plan's run-time steps
 
 
-class TimedStep:
-    """A native_pool.LayerStep in three calls, and one that does nothing.
+class TimedAttention:
+    """A CpuAttention that makes each layer's call as three, and one that does nothing.
 
     `ns`: the nanoseconds of each part since the last `clear`, less those of the call that does nothing.
     """
 
-    def __init__(self, step: native_pool.LayerStep):
-        self._step = step
+    def __init__(self, attention: CpuAttention):
+        self._attention = attention
         self.clear()
 
     def clear(self) -> None:
-        self.ns = dict.fromkeys(native_pool.PARTS, 0)
+        self.ns = dict.fromkeys(PARTS, 0)
 
-    def run(self, *step: int) -> None:
-        """As native_pool.LayerStep.run."""
-        self._step.prepare(*step)
+    def bound(self, n_tokens: int) -> int:
+        """See Attention."""
+        return self._attention.bound(n_tokens)
+
+    def begin(self, n_tokens: int, n_slots: int) -> None:
+        """See Attention."""
+        self._attention.begin(n_tokens, n_slots)
+
+    def run(self, layer: int, qkv: FloatRows, out: FloatRows) -> None:
+        """See Attention."""
+        step = self._attention.steps[layer]
+        step.prepare(qkv, *self._attention.place(layer), out)
         ns = {}
-        for part in (native_pool.NO_PART, *native_pool.PARTS):
+        for part in (NO_PART, *PARTS):
             start = time.perf_counter_ns()
-            self._step.run_part(part)
+            step.run_part(part)
             ns[part] = time.perf_counter_ns() - start
-        for part in native_pool.PARTS:
-            self.ns[part] += ns[part] - ns[native_pool.NO_PART]
+        for part in PARTS:
+            self.ns[part] += ns[part] - ns[NO_PART]
 
 
 class Text:
-    """A sequence whose first tokens stay and whose next tokens are fed again and again, whole or in timed parts.
+    """A context whose first tokens stay and whose next tokens are fed again and again, whole or in timed parts.
 
     `feeds` are the next tokens as they are fed: all at once for a prompt, or one by one.
     """
 
-    def __init__(self, model: Model, options: CacheOptions, before: list[int], n_next: int):
-        self._model, self._depth = model, len(before)
-        self._sequence: Sequence = model.start(options, self._depth + n_next)
-        self._timed = [TimedStep(step) for step in model.layer_steps(self._sequence.cache)]
+    def __init__(self, model: NativeModel, options: CacheOptions, before: list[int], n_next: int):
+        self._depth = len(before)
+        self._whole = model.start(options, self._depth + n_next)
+        self.cache, self._timed = self._whole.cache, TimedAttention(cast(CpuAttention, self._whole.attention))
+        self._in_parts = model.start_with(self.cache, self._timed)
         if before:
-            self._sequence.forward(before)
+            self._whole.forward(before)
 
     def whole_ns(self, feeds: list[list[int]]) -> float:
         """The runner's nanoseconds, the median of `feeds`."""
-        self._sequence.cache.truncate(self._depth)
+        self.cache.truncate(self._depth)
         times = []
         for tokens in feeds:
             start = time.perf_counter_ns()
-            self._sequence.forward(tokens)
+            self._whole.forward(tokens)
             times.append(time.perf_counter_ns() - start)
         return statistics.median(times)
 
     def part_ns(self, feeds: list[list[int]]) -> dict[str, float]:
         """The same work with every layer's call in parts: nanoseconds of each of PARTS, all layers together."""
-        times, slot = [], self._depth
+        self.cache.truncate(self._depth)
+        times = []
         for tokens in feeds:
-            times.append(self._feed_in_parts(tokens, slot))
-            slot += len(tokens)
-        return {part: statistics.median(ns[part] for ns in times) for part in native_pool.PARTS}
-
-    @torch.inference_mode()
-    def _feed_in_parts(self, tokens: list[int], first_slot: int) -> dict[str, int]:
-        for step in self._timed:
-            step.clear()
-        for start in range(0, len(tokens), N_UBATCH):
-            ids = torch.tensor(tokens[start : start + N_UBATCH])
-            self._model.logits(self._model.run_layers(ids, self._timed, first_slot + start)[-1:])
-        return {part: sum(step.ns[part] for step in self._timed) for part in native_pool.PARTS}
+            self._timed.clear()
+            self._in_parts.forward(tokens)
+            times.append(self._timed.ns)
+        return {part: statistics.median(ns[part] for ns in times) for part in PARTS}
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class Result:
 
     name: str  # as ksort-gguf bench calls it
     whole_ms: list[float]
-    part_ms: dict[str, dict[str, list[float]]]  # by WITH or WITHOUT, then by native_pool.PARTS
+    part_ms: dict[str, dict[str, list[float]]]  # by WITH or WITHOUT, then by PARTS
 
     def pack_ms(self, steps: str) -> list[float]:
         """Keys and values together."""
@@ -138,7 +138,7 @@ def _ratios(above: list[float], below: list[float]) -> list[float]:
 
 def measure(texts: dict[str, Text], feeds: list[list[int]], name: str, repetitions: int) -> Result:
     """`repetitions` turns of `feeds` to the texts WITH and WITHOUT the steps, after one that doesn't count."""
-    result = Result(name, [], {steps: {part: [] for part in native_pool.PARTS} for steps in texts})
+    result = Result(name, [], {steps: {part: [] for part in PARTS} for steps in texts})
     for turn in range(repetitions + 1):
         whole_ns = texts[WITH].whole_ns(feeds)
         order = (WITH, WITHOUT) if turn % 2 else (WITHOUT, WITH)
@@ -157,14 +157,16 @@ def run(args: argparse.Namespace) -> None:
     depths = counts("--n-depth", args.n_depth, lowest=0)
     _check_counts(args)
     plan_files = [args.plan_file] if args.plan_file else []
-    variants = ModelVariants(args.model, plan_files, args.threads or os.cpu_count() or 1)
+    variants = ModelVariants(args.model, plan_files, n_threads(args.threads))
     plan = Path(args.plan_file).stem if args.plan_file else None if variants.is_folded else "balanced"
-    _check_steps(args, variants, plan)
-    options = _cache_options(args.cache_type_k, args.cache_type_v, variants.geometry.head_dim)
+    kv_plan = variants.plan_of(plan)
+    assert kv_plan is not None
+    _check_steps(args, kv_plan)
+    options = _cache_options(args.cache_type_k, args.cache_type_v, variants.spec.min_head_dim)
     models = {WITH: variants.model(plan), WITHOUT: variants.model(plan, run_time_steps=False)}
     generator = torch.Generator().manual_seed(0)
     n_next = max(args.n_prompt, args.n_gen)
-    tokens = torch.randint(variants.n_vocab, (max(depths) + n_next,), generator=generator).tolist()
+    tokens = torch.randint(variants.spec.n_vocab, (max(depths) + n_next,), generator=generator).tolist()
     print(_head(args, models[WITH].n_threads), flush=True)
     results = []
     for depth in depths:
@@ -174,24 +176,22 @@ def run(args: argparse.Namespace) -> None:
         for name, feeds in tests.items():
             results.append(measure(texts, feeds, f"{name} @ d{depth}", args.repetitions))
             print(_row(results[-1]), flush=True)
-    print(json.dumps(_summary(args, variants.plan_of(plan).name, models[WITH].n_threads, results)))
+    print(json.dumps(_summary(args, kv_plan.name, models[WITH].n_threads, results)))
 
 
 def _check_counts(args: argparse.Namespace) -> None:
     for flag, count in (("--n-prompt", args.n_prompt), ("--n-gen", args.n_gen), ("--repetitions", args.repetitions)):
         if count < 1:
             raise KsortError(f"{flag} {count} measures nothing: use at least 1")
-    if args.threads < 0:
-        raise KsortError(f"--threads {args.threads} is negative: pass a count, or leave it out for all CPUs")
+    n_threads(args.threads)
 
 
-def _check_steps(args: argparse.Namespace, variants: ModelVariants, plan: str | None) -> None:
+def _check_steps(args: argparse.Namespace, plan: KVPlan) -> None:
     """Raise KsortError where with and without the plan's run-time steps is the same."""
-    k_plan = variants.plan_of(plan)
-    used = (args.cache_type_k, k_plan.keys), (args.cache_type_v, k_plan.values)
+    used = (args.cache_type_k, plan.keys), (args.cache_type_v, plan.values)
     if not any(CACHE_TYPES[name].is_bfp and transforms for name, transforms in used):
         raise KsortError(
-            f"{args.plan_file or args.model}: the plan ({k_plan.name}) does nothing at run time to {args.cache_type_k} "
+            f"{args.plan_file or args.model}: the plan ({plan.name}) does nothing at run time to {args.cache_type_k} "
             f"keys and {args.cache_type_v} values: use a BFP -ctk, and a plan with shift, scale, rotate or feedback"
         )
 
@@ -201,10 +201,10 @@ def _cache_options(k_type: str, v_type: str, head_dim: int) -> CacheOptions:
     return CacheOptions(k_type, v_type, default_block_size(head_dim), query_type)
 
 
-def _head(args: argparse.Namespace, n_threads: int) -> str:
+def _head(args: argparse.Namespace, threads: int) -> str:
     return "\n".join(
         (
-            f"{Path(args.model).name}, {args.cache_type_k} keys, {args.cache_type_v} values, {n_threads} threads; "
+            f"{Path(args.model).name}, {args.cache_type_k} keys, {args.cache_type_v} values, {threads} threads; "
             f"ms a prompt or decode step, all layers, with / without the plan's run-time steps; [lowest - highest]\n",
             "| test | whole | pack keys | pack values | attend | pack / whole | attend, with / without |",
             "|---|---:|---:|---:|---:|---:|---:|",
@@ -216,7 +216,7 @@ def _row(result: Result) -> str:
     """A line of the table."""
     times = [
         " / ".join(f"{statistics.median(result.part_ms[steps][part]):.3f}" for steps in (WITH, WITHOUT))
-        for part in native_pool.PARTS
+        for part in PARTS
     ]
     share = _spread(result.pack_share, lambda share: f"{100 * share:.2f}%")
     ratio = _spread(result.attend_ratio, lambda ratio: f"{ratio:.3f}")
@@ -229,7 +229,7 @@ def _spread(values: list[float], text: Callable[[float], str]) -> str:
     return f"{text(statistics.median(values))} [{text(min(values))} - {text(max(values))}]"
 
 
-def _summary(args: argparse.Namespace, plan_name: str, n_threads: int, results: list[Result]) -> dict:
+def _summary(args: argparse.Namespace, plan_name: str, threads: int, results: list[Result]) -> dict:
     """The JSON line: every turn's times in milliseconds, and medians of the shares."""
     rows = [
         {
@@ -246,16 +246,16 @@ def _summary(args: argparse.Namespace, plan_name: str, n_threads: int, results: 
         "plan": plan_name,
         "type_k": args.cache_type_k,
         "type_v": args.cache_type_v,
-        "n_threads": n_threads,
-        "kernels": native.kernels(),
+        "n_threads": threads,
+        "kernels": kernels(),
         "rows": rows,
     }
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="bench_pack.py", description="What packing costs, with a K plan and without.")
+    parser = argparse.ArgumentParser(prog="bench_pack.py", description="What packing costs, with a plan and without.")
     parser.add_argument("-m", "--model", required=True, metavar="FILE", help="GGUF file, stock or folded")
-    parser.add_argument("--plan-file", metavar="FILE", help="K plan for a stock file (default: balanced, made here)")
+    parser.add_argument("--plan-file", metavar="FILE", help="KV plan for a stock file (default: balanced, made here)")
     parser.add_argument("-p", "--n-prompt", type=int, default=512, metavar="N", help="default: %(default)s")
     parser.add_argument("-n", "--n-gen", type=int, default=32, metavar="N", help="decode steps (default: %(default)s)")
     parser.add_argument("-d", "--n-depth", default="0,4096", metavar="N,..", help="tokens fed before (%(default)s)")

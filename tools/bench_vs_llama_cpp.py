@@ -22,16 +22,16 @@ from typing import Protocol
 import torch
 from command_line import counts, run_tool
 
-from ksort_gguf.cache_types import K_TYPES, V_TYPES
+from ksort_gguf.engine.load import LoadedModel, load_model
 from ksort_gguf.errors import KsortError
-from ksort_gguf.runtime.load import LoadedModel, load_model
-from ksort_gguf.runtime.model import N_UBATCH
+from ksort_gguf.models.run_native import N_UBATCH
+from ksort_gguf.names import K_TYPES, V_TYPES
 
 OURS, THEIRS = "bfp12/f16,bfp12/bfp12", "f16/f16,q4_0/f16,q4_0/q4_0"
 
 
 class Engine(Protocol):
-    """A sequence of tokens in some runtime."""
+    """One running text and its cache in some runtime."""
 
     def feed(self, tokens: list[int]) -> None:
         """Append tokens; returns when the logits of the last one are there."""
@@ -45,13 +45,13 @@ class OurEngine:
 
     def __init__(self, loaded: LoadedModel, cache: str, n_ctx: int):
         k_type, v_type = cache.split("/")
-        self._sequence = loaded.model.start(loaded.cache_options(k_type, v_type), n_ctx)
+        self._context = loaded.backend.start(loaded.cache_options(k_type, v_type), n_ctx)
 
     def feed(self, tokens: list[int]) -> None:
-        self._sequence.forward(tokens)
+        self._context.forward(tokens)
 
     def truncate(self, n_tokens: int) -> None:
-        self._sequence.cache.truncate(n_tokens)
+        self._context.cache.truncate(n_tokens)
 
 
 class LlamaCpp:
@@ -170,14 +170,14 @@ def run(args: argparse.Namespace) -> None:
         if value < least:
             raise KsortError(f"{flag} {value} is too small: pass {least} or more")
     tests = [(f"pp{args.n_prompt}", args.n_prompt, True), (f"tg{args.n_gen}", args.n_gen, False)]
-    ours = _caches("--ours", args.ours, K_TYPES, V_TYPES)
-    theirs = _caches("--theirs", args.theirs, None, None)
+    ours = _caches("--ours", args.ours, (K_TYPES, V_TYPES))
+    theirs = _caches("--theirs", args.theirs, None)
     loaded = load_model(args.model, args.plan_file, args.threads)
-    llama = LlamaCpp(args.model, loaded.model.n_threads)
+    llama = LlamaCpp(args.model, loaded.backend.n_threads)
     n_ctx = depths[0] + max(args.n_prompt, args.n_gen)
     engines: dict[str, Engine] = {f"ours {cache}": OurEngine(loaded, cache, n_ctx) for cache in ours}
     engines |= {f"theirs {cache}": TheirEngine(llama, cache, n_ctx) for cache in theirs}
-    tokens = torch.randint(loaded.model.n_vocab, (n_ctx,), generator=torch.Generator().manual_seed(0)).tolist()
+    tokens = torch.randint(loaded.backend.n_vocab, (n_ctx,), generator=torch.Generator().manual_seed(0)).tolist()
     for name, engine in engines.items():
         print(f"filling {name} with {depths[0]} tokens", file=sys.stderr, flush=True)
         if depths[0]:
@@ -190,16 +190,15 @@ def run(args: argparse.Namespace) -> None:
                 rows += compare(f"{name} @ d{depth}" if depth else name, speeds, ours, theirs)
                 print(f"{name} @ d{depth} measured", file=sys.stderr, flush=True)
     print(table(rows))
-    print(json.dumps({"model": Path(args.model).name, "n_threads": loaded.model.n_threads, "rows": rows}))
+    print(json.dumps({"model": Path(args.model).name, "n_threads": loaded.backend.n_threads, "rows": rows}))
 
 
-def _caches(flag: str, text: str, k_types: tuple[str, ...] | None, v_types: tuple[str, ...] | None) -> list[str]:
+def _caches(flag: str, text: str, known: tuple[tuple[str, ...], tuple[str, ...]] | None) -> list[str]:
     """The caches of "bfp12/f16,f16/f16". Raises KsortError."""
     caches = text.split(",")
     for cache in caches:
         types = cache.split("/")
-        is_known = k_types is None or (len(types) == 2 and types[0] in k_types and types[1] in v_types)
-        if len(types) != 2 or not is_known:
+        if len(types) != 2 or (known is not None and not (types[0] in known[0] and types[1] in known[1])):
             raise KsortError(f"{flag} {cache}: expected a K and a V cache type, as in {OURS.split(',')[0]}")
     return caches
 
@@ -207,7 +206,7 @@ def _caches(flag: str, text: str, k_types: tuple[str, ...] | None, v_types: tupl
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="bench_vs_llama_cpp.py", description="Speed beside llama.cpp's, in one run.")
     parser.add_argument("-m", "--model", required=True, metavar="FILE", help="stock GGUF file, for both")
-    parser.add_argument("--plan-file", metavar="FILE", help="K plan for our caches")
+    parser.add_argument("--plan-file", metavar="FILE", help="KV plan for our caches")
     parser.add_argument("-p", "--n-prompt", type=int, default=512, metavar="N", help="prompt (default: %(default)s)")
     parser.add_argument("-n", "--n-gen", type=int, default=32, metavar="N", help="generation (default: %(default)s)")
     parser.add_argument("-d", "--n-depth", default="0,4096,8064", metavar="N,..", help="default: %(default)s")

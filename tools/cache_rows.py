@@ -2,7 +2,7 @@
 
     K                 keys as K, values in f16
     K/V               keys as K, values as V
-    K@PLAN, K/V@PLAN  the same under a K plan (our own types only): the name of a plan file without its ending, or a
+    K@PLAN, K/V@PLAN  the same under a KV plan (our own types only): the name of a plan file without its ending, or a
                       plan that is made here: a name or steps as `ksort-gguf plan --plan` takes them, but joined by +,
                       from the weights, or with :text from Python's documentation: bfp12@order+shift+scale:text
 
@@ -10,21 +10,25 @@ Our types go through the real packed cache: f32 f16 bf16 bfp16 bfp14 bfp12, the 
 size follows, as in bfp12-64. All others are simulations (simulated_caches).
 """
 
-from collections.abc import Callable, Iterator
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from model_variants import ModelVariants, parse_made_plan
 from simulated_caches import FLOATS, SCHEMES
-from simulated_caches.attention import SimulatedStep
-from simulated_caches.scheme import LayerTensors, Scheme
+from simulated_caches.attention import SimulatedAttention
+from simulated_caches.scheme import LayerTensors, Scheme, Side
 
-from ksort_gguf.cache_types import BLOCK_SIZES, CACHE_TYPES, DEFAULT_QUERY_TYPE, STEPS, V_TYPES, default_block_size
-from ksort_gguf.errors import KsortError
-from ksort_gguf.plan.calibrate import default_text
-from ksort_gguf.plan.kplan import PLANS
-from ksort_gguf.runtime.kv_cache import CacheOptions
-from ksort_gguf.runtime.perplexity import Forward, forward_of
+from ksort_gguf.cache.cpu import ContextCache
+from ksort_gguf.cache.protocol import CacheOptions
+from ksort_gguf.engine.calibration import calibration_windows, default_text
+from ksort_gguf.engine.tokenizer.tokenizer import Tokenizer
+from ksort_gguf.errors import KsortError, PlanError
+from ksort_gguf.eval.perplexity import Forward, forward_of
+from ksort_gguf.names import BLOCK_SIZES, CACHE_TYPES, DEFAULT_QUERY_TYPE, PLANS, STEPS, V_TYPES, default_block_size
+
+Bits = Callable[[], tuple[float, float]]
 
 _CALIBRATION_TOKENS = 4096  # or one window, where the context is longer
 
@@ -50,7 +54,7 @@ def known_names() -> str:
     return " ".join([*ours, *SCHEMES])
 
 
-def parse_row(spelling: str, plans: dict) -> Row:
+def parse_row(spelling: str, plans: Mapping[str, object]) -> Row:
     """Raises KsortError for unknown names, listing those known, and for what does not go together."""
     cache, at, plan = spelling.partition("@")
     if at and plan not in plans:
@@ -93,93 +97,86 @@ class Runner:
         """Raise KsortError for a row that this model's heads cannot be stored in."""
         if row.is_simulated:
             for name in (row.k, row.v):
-                _scheme(name).check(self._variants.geometry.head_dim)
+                for head_dim in {attention.head_dim for attention in self._variants.spec.attentions}:
+                    _scheme(name).check(head_dim)
 
-    def prepare(self, row: Row) -> tuple[Forward, Callable[[], tuple[float, float]]]:
+    def prepare(self, row: Row) -> tuple[Forward, Bits]:
         """The row's logits, and a function for the mean bits of a key and of a value of the text that ran last."""
-        return self._simulated(row) if row.is_simulated else self._native(row)
+        return self._simulated(row) if row.is_simulated else self._packed(row)
 
-    def _native(self, row: Row) -> tuple[Forward, Callable[[], tuple[float, float]]]:
+    def _packed(self, row: Row) -> tuple[Forward, Bits]:
         (k_type, k_block), (v_type, v_block) = _split_block_size(row.k), _split_block_size(row.v)
-        g = self._variants.geometry
-        block_size = k_block or v_block or default_block_size(g.head_dim)
+        attentions = self._variants.spec.attentions
+        block_size = k_block or v_block or default_block_size(self._variants.spec.min_head_dim)
         query_type = DEFAULT_QUERY_TYPE if CACHE_TYPES[k_type].is_bfp else "f32"
         options = CacheOptions(k_type, v_type, block_size, query_type)
-        sequence = self._variants.model(row.plan).start(options, self._n_ctx)
+        context = self._variants.model(row.plan).start(options, self._n_ctx)
+
+        def mean_bits(name: str) -> float:
+            return _mean([CACHE_TYPES[name].bits_per_value(a.head_dim, block_size) for a in attentions])
+
+        return forward_of(context), lambda: (mean_bits(k_type), mean_bits(v_type))
+
+    def _simulated(self, row: Row) -> tuple[Forward, Bits]:
+        keys, values = self._fitted(_scheme(row.k), "k"), self._fitted(_scheme(row.v), "v")
+        attention = SimulatedAttention(self._variants.layers(self._n_ctx), keys, values)
 
         def bits() -> tuple[float, float]:
-            return tuple(CACHE_TYPES[t].bits_per_value(g.head_dim, block_size) for t in (k_type, v_type))
+            return _mean([k for k, _ in attention.bits]), _mean([v for _, v in attention.bits])
 
-        return forward_of(sequence), bits
+        return self._forward(attention), bits
 
-    def _simulated(self, row: Row) -> tuple[Forward, Callable[[], tuple[float, float]]]:
-        fitted = [self._fitted(_scheme(name), side) for name, side in ((row.k, "k"), (row.v, "v"))]
-        steps = [self._step(layer, *schemes) for layer, schemes in enumerate(zip(*fitted, strict=True))]
+    def _forward(self, attention: SimulatedAttention) -> Forward:
+        heads = [plan.heads for plan in self._variants.layers(self._n_ctx)]
+        cache = ContextCache(heads, CacheOptions("f32", "f32", 32, "f32"), self._n_ctx)
+        return forward_of(self._variants.model().start_with(cache, attention, n_ubatch=self._n_ctx))
 
-        def bits() -> tuple[float, float]:
-            return tuple(sum(step.bits[side] for step in steps) / len(steps) for side in (0, 1))
-
-        return self._forward(steps), bits
-
-    def _step(self, layer: int, keys: Scheme, values: Scheme, **options) -> SimulatedStep:
-        return SimulatedStep(self._variants.geometry, self._variants.rope_tables(layer), keys, values, **options)
-
-    def _forward(self, steps: list[SimulatedStep]) -> Forward:
-        model = self._variants.model()
-
-        @torch.inference_mode()
-        def forward(tokens: list[int], first_logit: int) -> torch.Tensor:
-            return model.logits(model.run_layers(torch.tensor(tokens), steps, 0)[first_logit:])
-
-        return forward
-
-    def _fitted(self, scheme: Scheme, side: str) -> Iterator[Scheme]:
+    def _fitted(self, scheme: Scheme, side: Side) -> list[Scheme]:
         """The scheme with each layer's constants."""
-        for layer in range(self._variants.geometry.n_layers):
-            if scheme.needs_calibration:
-                yield scheme.fit(_map(self._calibration()[layer], torch.Tensor.float), side)
-            else:
-                yield scheme
+        if not scheme.needs_calibration:
+            return [scheme] * self._variants.spec.n_layers
+        return [scheme.fit(_map(sample, torch.Tensor.float), side) for sample in self._calibration()]
 
     def _calibration(self) -> list[LayerTensors]:
-        """What each layer computes on a calibration text, cut into windows of the context; f16."""
+        """What each layer computes on a calibration text, cut into windows of the context; f16: half the memory."""
         if self._samples is None:
-            parts = [[] for _ in range(self._variants.geometry.n_layers)]
-            exact = FLOATS["f32"]
-            steps = [self._step(layer, exact, exact, seen=_keeper(part)) for layer, part in enumerate(parts)]
-            forward = self._forward(steps)
+            n_layers = self._variants.spec.n_layers
+            parts: list[list[LayerTensors]] = [[] for _ in range(n_layers)]
+            exact = [FLOATS["f32"]] * n_layers
+
+            def keep(layer: int, tensors: LayerTensors) -> None:
+                parts[layer].append(_map(tensors, torch.Tensor.half))
+
+            forward = self._forward(SimulatedAttention(self._variants.layers(self._n_ctx), exact, exact, keep))
             for window in _calibration_windows(self._variants.tokenizer, self._n_ctx):
                 forward(window, len(window) - 1)
             self._samples = [_joined(part) for part in parts]
         return self._samples
 
 
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
 def _scheme(name: str) -> Scheme:
     return SCHEMES[name] if name in SCHEMES else FLOATS[name]
 
 
-def _calibration_windows(tokenizer, n_ctx: int) -> list[list[int]]:
-    """Python's own documentation as token ids: windows of `n_ctx`, BOS first where the tokenizer adds it."""
-    n_windows = max(1, _CALIBRATION_TOKENS // n_ctx)
-    tokens = tokenizer.encode(default_text(), add_special=False, parse_special=False)
-    windows = [tokens[i * n_ctx : (i + 1) * n_ctx] for i in range(n_windows)]
-    if len(windows[-1]) < n_ctx:
-        raise KsortError(f"-c {n_ctx}: the calibration text has {len(tokens)} tokens only: use a smaller context")
-    return [[tokenizer.bos_id, *w[1:]] if tokenizer.add_bos else w for w in windows]
-
-
-def _keeper(parts: list[LayerTensors]) -> Callable[[LayerTensors], None]:
-    """What adds a layer's tensors to `parts`, in f16: half the memory."""
-    return lambda layer: parts.append(_map(layer, torch.Tensor.half))
+def _calibration_windows(tokenizer: Tokenizer, n_ctx: int) -> list[list[int]]:
+    """Python's own documentation as token ids, in windows of `n_ctx`."""
+    try:
+        return calibration_windows(tokenizer, default_text(), max(_CALIBRATION_TOKENS, n_ctx), n_ctx)
+    except PlanError:
+        raise KsortError(f"-c {n_ctx}: the calibration text is shorter than that: use a smaller context") from None
 
 
 def _map(layer: LayerTensors, change: Callable[[torch.Tensor], torch.Tensor]) -> LayerTensors:
     """The layer with each tensor changed."""
-    tensors = (change(getattr(layer, name)) for name in ("q", "k", "k_before_rope", "v"))
-    return LayerTensors(*tensors, layer.apply_rope, layer.score_scale)
+    q, k, k_before_rope, v = (change(x) for x in layer.tensors())
+    return dataclasses.replace(layer, q=q, k=k, k_before_rope=k_before_rope, v=v)
 
 
 def _joined(parts: list[LayerTensors]) -> LayerTensors:
     """Several windows as one, for statistics."""
-    tensors = (torch.cat([getattr(p, name) for p in parts], 1) for name in ("q", "k", "k_before_rope", "v"))
-    return LayerTensors(*tensors, parts[0].apply_rope, parts[0].score_scale)
+    q, k, k_before_rope, v = (torch.cat(xs, 1) for xs in zip(*(part.tensors() for part in parts), strict=True))
+    return dataclasses.replace(parts[0], q=q, k=k, k_before_rope=k_before_rope, v=v)

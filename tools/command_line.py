@@ -1,9 +1,11 @@
 """What the tools' command lines share."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 
+from ksort_gguf.cli.flags import with_flags
 from ksort_gguf.errors import KsortError
 
 
@@ -12,7 +14,7 @@ def run_tool(run: Callable[[argparse.Namespace], None], parser: argparse.Argumen
     try:
         run(parser.parse_args(argv))
     except KsortError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {with_flags(str(error))}", file=sys.stderr)
         return 1
     return 0
 
@@ -26,3 +28,10 @@ def counts(flag: str, text: str, lowest: int) -> list[int]:
     if not numbers or min(numbers) < lowest:
         raise KsortError(f"{flag} {text}: expected numbers of at least {lowest}, such as 512 or 512,4096")
     return numbers
+
+
+def n_threads(wanted: int) -> int:
+    """The threads that --threads asks for; 0: one for each CPU. Raises KsortError for a negative number."""
+    if wanted < 0:
+        raise KsortError(f"--threads {wanted} is negative: pass a count, or leave it out for all CPUs")
+    return wanted or os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""Compares key and value caches on one model and text: bits a value, perplexity, KL divergence against an f16 cache.
+"""Compares key and value caches on one model and text: bits per value, perplexity, KL divergence against an f16 cache.
 
     python tools/compare_caches.py -m model.gguf -f wiki.test.raw -c 512,4096
 
@@ -9,20 +9,19 @@ Prints a Markdown table for each context, then one JSON line. Numbers are those 
 
 import argparse
 import json
-import os
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 from cache_rows import Row, Runner, known_names, parse_row
-from command_line import counts, run_tool
+from command_line import counts, n_threads, run_tool
 from model_variants import ModelVariants
 
 from ksort_gguf.errors import KsortError
-from ksort_gguf.runtime import perplexity as protocol
-from ksort_gguf.runtime.kld import Base, BaseWriter
+from ksort_gguf.eval.compare import Comparison
+from ksort_gguf.eval.kld_statistics import KldStatistics
+from ksort_gguf.eval.perplexity import tokenize_file
 
 OUR_DEFAULTS = ("bfp16", "bfp14", "bfp12")
 PLAN_DEFAULTS = (
@@ -51,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--chunks", type=int, default=8, metavar="N", help="chunks scored (default: %(default)s)")
     parser.add_argument("--types", metavar="A,B/C,...", help=f"K or K/V of: {known_names()} (default: a full list)")
     parser.add_argument(
-        "--plan-file", nargs="+", default=[], metavar="FILE", help="K plan files, for rows as bfp12@NAME"
+        "--plan-file", nargs="+", default=[], metavar="FILE", help="KV plan files, for rows as bfp12@NAME"
     )
     parser.add_argument("-t", "--threads", type=int, default=0, metavar="N", help="CPU threads (default: all)")
     return parser
@@ -59,23 +58,22 @@ def _parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> None:
     """Measure every row at every context. Raises KsortError as the rooms it uses do."""
-    if args.threads < 0:
-        raise KsortError(f"--threads {args.threads} is negative: pass a count, or leave it out for all CPUs")
+    threads = n_threads(args.threads)
     contexts = counts("-c", args.ctx_size, lowest=1)
     spellings = None if args.types is None else [name for name in args.types.split(",") if name]
-    for spelling in spellings or []:  # misspellings are told before the model is read
+    for spelling in spellings or []:  # misspellings are reported before the model is read
         parse_row(spelling, {Path(file).stem: file for file in args.plan_file})
-    variants = ModelVariants(args.model, args.plan_file, args.threads or os.cpu_count() or 1)
+    variants = ModelVariants(args.model, args.plan_file, threads)
     rows = [parse_row(s, variants.plans) for s in spellings or _default_spellings(variants.plans)]
     rows = [row for row in rows if row.spelling != BASE]
-    tokens = protocol.tokenize_file(args.file, variants.tokenizer)
-    for n_ctx in contexts:
-        protocol.count_chunks(len(tokens), n_ctx, args.chunks)
+    tokens = tokenize_file(args.file, variants.tokenizer)
+    n_vocab, bos_id = variants.spec.n_vocab, variants.bos_id
+    comparisons = {n_ctx: Comparison(tokens, n_ctx, n_vocab, bos_id, args.chunks) for n_ctx in contexts}
     results = []
-    for n_ctx in contexts:
+    for n_ctx, comparison in comparisons.items():
         runner = Runner(variants, n_ctx)
         kept = [row for row in rows if _fits(runner, row, may_skip=spellings is None)]
-        measured = _measure(runner, variants, tokens, n_ctx, args.chunks, kept)
+        measured = _measure(runner, comparison, n_ctx, kept)
         results.append({"n_ctx": n_ctx, "rows": measured})
         print(_table(n_ctx, args.chunks, measured), flush=True)
     summary = {"model": Path(args.model).name, "text": Path(args.file).name, "chunks": args.chunks, "contexts": results}
@@ -99,21 +97,16 @@ def _fits(runner: Runner, row: Row, may_skip: bool) -> bool:
     return True
 
 
-def _measure(runner: Runner, variants: ModelVariants, tokens: list[int], n_ctx: int, chunks: int, rows) -> list[dict]:
+def _measure(runner: Runner, comparison: Comparison, n_ctx: int, rows: list[Row]) -> list[dict]:
     """Results of the base row and of `rows`, as they go into the JSON line."""
-    bos_id = variants.tokenizer.bos_id if variants.tokenizer.add_bos else None
-    n_chunks = protocol.count_chunks(len(tokens), n_ctx, chunks)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "base"
+    with comparison:
         forward, bits = runner.prepare(parse_row(BASE, {}))
-        with BaseWriter(path, n_ctx, variants.n_vocab, tokens[: n_chunks * n_ctx]) as writer:
-            base = protocol.perplexity(forward, tokens, n_ctx, n_chunks, bos_id, base_writer=writer)
-        results = [{"type": BASE, "bits": bits(), "ppl": base.ppl, "ppl_error": base.error}]
+        base = comparison.base(forward)
+        results: list[dict] = [{"type": BASE, "bits": bits(), "ppl": base.ppl, "ppl_error": base.error}]
         for number, row in enumerate(rows, 1):
             start = time.monotonic()
             forward, bits = runner.prepare(row)
-            with Base(path, variants.n_vocab) as base:
-                statistics = protocol.kl_divergence(forward, base, bos_id)
+            statistics = comparison.against_base(forward)
             results.append({"type": row.spelling, "bits": bits(), **_numbers(statistics)})
             _report(f"[{number}/{len(rows)}] c={n_ctx} {row.spelling}", results[-1], time.monotonic() - start)
     return results
@@ -124,7 +117,7 @@ def _report(place: str, result: dict, seconds: float) -> None:
     print(f"{place}: mean KLD {result['mean_kld']:.5f}, {seconds:.0f} s", file=sys.stderr, flush=True)
 
 
-def _numbers(statistics) -> dict:
+def _numbers(statistics: KldStatistics) -> dict:
     """PPL, KLD and agreement of a row."""
     ppl, kld = statistics.ppl(), statistics.mean_kld()
     median, late = np.quantile(np.concatenate(statistics.kld), (0.5, 0.999))

@@ -69,6 +69,7 @@ def _log2_to_head(norms: np.ndarray) -> np.ndarray:
 def draw_kld_by_layer(unsorted: list[float], k_sorted: list[float], block_size: int, path: Path) -> None:
     """Mean KLD to f16 keys when one layer alone has BFP12 keys, by layer, as PNG."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(9, 4), layout="constrained")
     axes = figure.subplots()
@@ -80,7 +81,7 @@ def draw_kld_by_layer(unsorted: list[float], k_sorted: list[float], block_size: 
         ylabel="mean KLD to f16 keys",
         title=f"What each layer's keys cost alone (blocks of {block_size})",
     )
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 2.5, 5, 10], integer=True))
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)

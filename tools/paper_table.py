@@ -22,67 +22,27 @@ from pathlib import Path
 
 import numpy as np
 import paper_plots
-import torch
-from command_line import run_tool
+from command_line import n_threads, run_tool
+from model_variants import ModelVariants
 
-from ksort_gguf.cache_types import CACHE_TYPES
-from ksort_gguf.convert import convert
+from ksort_gguf.binding.rows import FloatRows
+from ksort_gguf.cache.protocol import Attention, CacheOptions, Context
 from ksort_gguf.errors import KsortError
-from ksort_gguf.plan.kplan import KPlan
-from ksort_gguf.plan.plan_file import write_plan
-from ksort_gguf.plan.rank import layer_order, weight_energies, weights_hash
-from ksort_gguf.runtime import perplexity as protocol
-from ksort_gguf.runtime.kld import Base, BaseWriter
-from ksort_gguf.runtime.kld_statistics import KldStatistics
-from ksort_gguf.runtime.kv_cache import CacheOptions, KVCache
-from ksort_gguf.runtime.load import LoadedModel, load_model
-from ksort_gguf.runtime.model import N_UBATCH, Model
-from ksort_gguf.sources.gguf_file import open_gguf
+from ksort_gguf.eval.compare import Comparison
+from ksort_gguf.eval.kld_statistics import KldStatistics
+from ksort_gguf.eval.perplexity import forward_of, tokenize_file
+from ksort_gguf.kvplan import KVPlan
+from ksort_gguf.models.gguf_source import open_gguf
+from ksort_gguf.models.run_native import NativeModel
+from ksort_gguf.models.source import Source
+from ksort_gguf.names import CACHE_TYPES
+from ksort_gguf.plan.convert import convert
+from ksort_gguf.plan.file import write_plan
+from ksort_gguf.plan.make import why_unsorted
+from ksort_gguf.plan.rank import key_energies, key_projection, weights_hash
 
 BLOCK_SIZES = (128, 64, 32)  # the paper's
-
-
-class Meter:
-    """Scores caches on the first chunks of a text, against the stock model with f16 keys."""
-
-    def __init__(self, loaded: LoadedModel, text: str, n_ctx: int, chunks: int, base_path: Path):
-        """`base_path` is written by `measure_base`. Raises KsortError for a text that cannot be scored."""
-        tokens = protocol.tokenize_file(text, loaded.tokenizer)
-        self.n_ctx, self.n_chunks = n_ctx, protocol.count_chunks(len(tokens), n_ctx, chunks)
-        self._tokens = tokens[: self.n_chunks * n_ctx]
-        self._n_vocab, self._base_path = loaded.model.n_vocab, base_path
-        self._bos_id = loaded.tokenizer.bos_id if loaded.tokenizer.add_bos else None
-
-    def measure_base(self, loaded: LoadedModel) -> dict:
-        """Perplexity of the stock model with f16 keys; keeps its log-probabilities for `compare`."""
-        start = time.monotonic()
-        forward = protocol.forward_of(loaded.model.start(f16_options(loaded), self.n_ctx))
-        with BaseWriter(self._base_path, self.n_ctx, self._n_vocab, self._tokens) as writer:
-            result = protocol.perplexity(forward, self._tokens, self.n_ctx, -1, self._bos_id, base_writer=writer)
-        _progress(f"f16 keys: PPL {result.ppl:.4f}", start)
-        return {"ppl": result.ppl, "ppl_error": result.error}
-
-    def compare(self, forward: protocol.Forward, label: str) -> KldStatistics:
-        """How `forward` differs from the base; `label` is for the progress line."""
-        start = time.monotonic()
-        with Base(self._base_path, self._n_vocab) as base:
-            statistics = protocol.kl_divergence(forward, base, self._bos_id)
-        _progress(f"{label}: PPL {statistics.ppl().value:.4f}, KLD {statistics.mean_kld().value:.5f}", start)
-        return statistics
-
-
-def _progress(text: str, start: float) -> None:
-    print(f"{text} ({time.monotonic() - start:.1f} s)", file=sys.stderr, flush=True)
-
-
-def f16_options(loaded: LoadedModel) -> CacheOptions:
-    """The exact baseline: f16 keys, queries as they are."""
-    return loaded.cache_options("f16", v_type="f16", query_type="f32")
-
-
-def bfp12_options(loaded: LoadedModel, block_size: int) -> CacheOptions:
-    """The paper's cache."""
-    return loaded.cache_options("bfp12", v_type="f16", block_size=block_size, query_type="bfp16")
+F16 = CacheOptions("f16", "f16", min(BLOCK_SIZES), "f32")  # the exact baseline: queries as they are
 
 
 @dataclass(frozen=True)
@@ -93,72 +53,108 @@ class VariantResults:
     kld_by_layer: list[float]  # mean KLD with only that layer's keys in BFP12; empty where not asked for
 
 
-def measure_variant(
-    meter: Meter, loaded: LoadedModel, name: str, block_sizes: tuple[int, ...], by_layer: bool
-) -> VariantResults:
-    """All measurements of the model in one order, `name`; by layer, in the smallest of the block sizes."""
-    by_block_size = {}
-    for block_size in block_sizes:
-        sequence = loaded.model.start(bfp12_options(loaded, block_size), meter.n_ctx)
-        statistics = meter.compare(protocol.forward_of(sequence), f"{name}, blocks of {block_size}")
-        ppl, kld = statistics.ppl(), statistics.mean_kld()
-        by_block_size[block_size] = {
-            "ppl": ppl.value,
-            "ppl_error": ppl.error,
-            "mean_kld": kld.value,
-            "mean_kld_error": kld.error,
-        }
-    forwards = one_layer_forwards(loaded, min(block_sizes), meter.n_ctx) if by_layer else ()
-    kld_by_layer = [
-        meter.compare(forward, f"{name}, only layer {layer}").mean_kld().value for layer, forward in enumerate(forwards)
-    ]
-    return VariantResults(by_block_size, kld_by_layer)
+class Meter:
+    """Scores caches against the stock model with f16 keys, with a line of progress each."""
+
+    def __init__(self, comparison: Comparison, n_ctx: int):
+        self._comparison, self._n_ctx = comparison, n_ctx
+
+    def base(self, model: NativeModel) -> dict[str, float]:
+        """Perplexity of the stock model with f16 keys, which all others are compared with."""
+        start = time.monotonic()
+        result = self._comparison.base(forward_of(model.start(F16, self._n_ctx)))
+        _progress(f"f16 keys: PPL {result.ppl:.4f}", start)
+        return {"ppl": result.ppl, "ppl_error": result.error}
+
+    def variant(self, model: NativeModel, name: str, block_sizes: tuple[int, ...], by_layer: bool) -> VariantResults:
+        """All measurements of the model in one order, `name`; by layer, in the smallest of the block sizes."""
+        by_block_size = {}
+        for block_size in block_sizes:
+            statistics = self._against_base(
+                model.start(bfp12(block_size), self._n_ctx), f"{name}, blocks of {block_size}"
+            )
+            ppl, kld = statistics.ppl(), statistics.mean_kld()
+            by_block_size[block_size] = {
+                "ppl": ppl.value,
+                "ppl_error": ppl.error,
+                "mean_kld": kld.value,
+                "mean_kld_error": kld.error,
+            }
+        contexts = one_layer_contexts(model, min(block_sizes), self._n_ctx) if by_layer else ()
+        kld_by_layer = [
+            self._against_base(context, f"{name}, only layer {layer}").mean_kld().value
+            for layer, context in enumerate(contexts)
+        ]
+        return VariantResults(by_block_size, kld_by_layer)
+
+    def _against_base(self, context: Context, label: str) -> KldStatistics:
+        start = time.monotonic()
+        statistics = self._comparison.against_base(forward_of(context))
+        _progress(f"{label}: PPL {statistics.ppl().value:.4f}, KLD {statistics.mean_kld().value:.5f}", start)
+        return statistics
 
 
-def one_layer_forwards(loaded: LoadedModel, block_size: int, n_ctx: int) -> Iterator[protocol.Forward]:
+def _progress(text: str, start: float) -> None:
+    print(f"{text} ({time.monotonic() - start:.1f} s)", file=sys.stderr, flush=True)
+
+
+def bfp12(block_size: int) -> CacheOptions:
+    """The paper's cache."""
+    return CacheOptions("bfp12", "f16", block_size, "bfp16")
+
+
+class OneLayer:
+    """cache.protocol.Attention that is `one` in a layer and `others` elsewhere."""
+
+    def __init__(self, layer: int, one: Attention, others: Attention):
+        self._layer, self._one, self._others = layer, one, others
+
+    def bound(self, n_tokens: int) -> int:
+        """See Attention."""
+        return n_tokens
+
+    def begin(self, n_tokens: int, n_slots: int) -> None:
+        """See Attention."""
+        self._one.begin(n_tokens, n_slots)
+        self._others.begin(n_tokens, n_slots)
+
+    def run(self, layer: int, qkv: FloatRows, out: FloatRows) -> None:
+        """See Attention."""
+        (self._one if layer == self._layer else self._others).run(layer, qkv, out)
+
+
+def one_layer_contexts(model: NativeModel, block_size: int, n_ctx: int) -> Iterator[Context]:
     """For each layer, the model whose keys are BFP12 in that layer and f16 in all others, in real packed caches."""
-    model = loaded.model
-    options = f16_options(loaded), bfp12_options(loaded, block_size)
-    f16, bfp12 = (model.layer_steps(KVCache(model.geometry, each, n_ctx)) for each in options)
-    for layer in range(model.geometry.n_layers):
-        yield _forward_through(model, [*f16[:layer], bfp12[layer], *f16[layer + 1 :]])
-
-
-def _forward_through(model: Model, steps: list) -> protocol.Forward:
-    """A model whose layers pack and attend with `steps`."""
-
-    @torch.inference_mode()
-    def forward(tokens: list[int], first_logit: int) -> torch.Tensor:
-        parts = torch.tensor(tokens).split(N_UBATCH)
-        hidden = [model.run_layers(part, steps, i * N_UBATCH) for i, part in enumerate(parts)]
-        return model.logits(torch.cat(hidden)[first_logit:])
-
-    return forward
+    exact, coarse = model.start(F16, n_ctx), model.start(bfp12(block_size), n_ctx)
+    for layer in range(model.spec.n_layers):
+        yield model.start_with(exact.cache, OneLayer(layer, coarse.attention, exact.attention))
 
 
 def run(args: argparse.Namespace) -> None:
     """Measure, draw where --plot asks for it, and print. Raises KsortError."""
-    if args.threads < 0:
-        raise KsortError(f"--threads {args.threads} is negative: pass a count, or leave it out for all CPUs")
+    threads = n_threads(args.threads)
     plot_folder = None if args.plot is None else paper_plots.prepare(args.plot)
     with tempfile.TemporaryDirectory() as folder:
         stock_path = stock_gguf(Path(args.model), Path(folder))
         plan_path = Path(folder) / "ksort.gguf"
-        block_sizes = fitting_block_sizes(stock_path)
+        head_dim = paper_head_dim(stock_path)
+        block_sizes = tuple(size for size in BLOCK_SIZES if size <= head_dim)
         plots = [] if plot_folder is None else [plot_folder / "channel_norms.png", plot_folder / "kld_by_layer.png"]
         write_k_sort(stock_path, plan_path, plots[0] if plots else None)
-        loaded = load_model(stock_path, n_threads=args.threads)
-        meter = Meter(loaded, args.file, args.ctx_size, args.chunks, Path(folder) / "base")
-        base = meter.measure_base(loaded)
-        unsorted = measure_variant(meter, loaded, "unsorted", block_sizes, by_layer=bool(plots))
-        del loaded  # or a large model would be in memory twice
-        loaded = load_model(stock_path, plan_path, args.threads)
-        k_sorted = measure_variant(meter, loaded, "K-sorted", block_sizes, by_layer=bool(plots))
+        variants = ModelVariants(stock_path, [str(plan_path)], threads)
+        tokens = tokenize_file(args.file, variants.tokenizer)
+        comparison = Comparison(tokens, args.ctx_size, variants.spec.n_vocab, variants.bos_id, args.chunks)
+        with comparison:
+            meter = Meter(comparison, args.ctx_size)
+            base = meter.base(variants.model())
+            unsorted = meter.variant(variants.model(), "unsorted", block_sizes, by_layer=bool(plots))
+            k_sorted = meter.variant(variants.model(plan_path.stem), "K-sorted", block_sizes, by_layer=bool(plots))
     if plots:
         paper_plots.draw_kld_by_layer(unsorted.kld_by_layer, k_sorted.kld_by_layer, min(block_sizes), plots[1])
-    print(table(base, unsorted, k_sorted, loaded.model.geometry.head_dim))
-    summary = {"model": Path(args.model).name, "text": Path(args.file).name, "n_ctx": meter.n_ctx}
-    summary |= {"n_chunks": meter.n_chunks, "f16": base, "unsorted": asdict(unsorted), "k_sorted": asdict(k_sorted)}
+    print(table(base, unsorted, k_sorted, head_dim))
+    summary = {"model": Path(args.model).name, "text": Path(args.file).name, "n_ctx": args.ctx_size}
+    summary |= {"n_chunks": comparison.n_chunks, "f16": base}
+    summary |= {"unsorted": asdict(unsorted), "k_sorted": asdict(k_sorted)}
     print(json.dumps({**summary, "plots": [str(path) for path in plots]}))
 
 
@@ -169,48 +165,53 @@ def stock_gguf(model: Path, folder: Path) -> Path:
     return convert(model, folder / "stock.gguf", plan="none").path
 
 
-def fitting_block_sizes(stock_path: Path) -> tuple[int, ...]:
-    """The paper's block sizes that the model's heads can hold. Raises KsortError if none, or for a folded file."""
+def paper_head_dim(stock_path: Path) -> int:
+    """The head dimension. Raises KsortError for a folded file, and for heads that the paper's blocks do not fit."""
     with open_gguf(stock_path) as source:
-        if source.plan is not None:
-            raise KsortError(f"{stock_path}: is folded already: give the stock model it was made from")
-        head_dim = source.geometry.head_dim
-    sizes = tuple(size for size in BLOCK_SIZES if size <= head_dim)
-    if not sizes:
+        source.refuse_folded("give the stock model it was made from")
+        if reason := why_unsorted(source):
+            raise KsortError(f"{stock_path}: K-sort does not fit this model: {reason}")
+        head_dims = {attention.head_dim for attention in source.spec.attentions}
+    if len(head_dims) > 1:
+        raise KsortError(f"{stock_path}: has heads of {sorted(head_dims)} channels, the table is for heads of one size")
+    (head_dim,) = head_dims
+    if head_dim < min(BLOCK_SIZES):
         raise KsortError(f"{stock_path}: has heads of {head_dim} channels, too few for blocks of {min(BLOCK_SIZES)}")
-    return sizes
+    return head_dim
 
 
-def paper_plan(source) -> KPlan:
-    """Every head sorted by row norm, also those that `ksort-gguf plan` would leave unsorted."""
-    layers = range(source.geometry.n_layers)
-    return KPlan(
+def paper_plan(source: Source) -> tuple[KVPlan, np.ndarray]:
+    """Every head sorted by row norm, also those that `ksort-gguf plan` would leave unsorted, and the rows' norms.
+
+    Norms: float64 [n_layers, n_kv_heads, head_dim].
+    """
+    layers = enumerate(source.spec.attentions)
+    energies = np.stack([key_energies(source, i, "weight-norm", *key_projection(source, a)) for i, a in layers])
+    plan = KVPlan(
         name="ksort",
         steps=("order",),
-        row_order=source.family.row_order,
-        base_architecture=source.family.name,
+        row_order=source.spec.row_order,
+        base_architecture=source.spec.architecture,
         weights_hash=weights_hash(source),
         rank="weight-norm",
-        order=np.stack([layer_order(source, layer, "weight-norm") for layer in layers]),
+        order=np.argsort(-energies, axis=2, kind="stable").astype(np.int32),
     )
+    return plan, np.sqrt(energies)
 
 
 def write_k_sort(stock_path: Path, plan_path: Path, plot_path: Path | None) -> None:
     """Write the paper's plan as a plan file; with `plot_path`, draw what it does to the channels' norms."""
     with open_gguf(stock_path) as source:
-        plan = paper_plan(source)
-        write_plan(plan_path, plan)
-        if plot_path is None:
-            return
-        weights = (source.tensor(source.family.k_tensors(layer)[0]) for layer in range(source.geometry.n_layers))
-        norms = np.sqrt([weight_energies(weight.read_finite_f32(), source.geometry) for weight in weights])
+        plan, norms = paper_plan(source)
+    write_plan(plan_path, plan)
+    if plot_path is not None and plan.order is not None:
         paper_plots.draw_channel_norms(norms, plan.order, min(BLOCK_SIZES), plot_path)
 
 
 def table(base: dict[str, float], unsorted: VariantResults, k_sorted: VariantResults, head_dim: int) -> str:
     """Markdown: a line a block size, stock and sorted side by side."""
     lines = [
-        "| BFP12 keys | bits a value | unsorted: PPL | to f16 | mean KLD | K-sorted: PPL | to f16 | mean KLD |",
+        "| BFP12 keys | bits per value | unsorted: PPL | to f16 | mean KLD | K-sorted: PPL | to f16 | mean KLD |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
         f"| none: f16 | 16.00 | {base['ppl']:.4f} ± {base['ppl_error']:.4f} | | | | | |",
     ]

@@ -21,12 +21,12 @@ from pathlib import Path
 import numpy as np
 from command_line import counts, run_tool
 
-from ksort_gguf.cache_types import CACHE_TYPES, K_TYPES
+from ksort_gguf.engine.load import LoadedModel, load_model
+from ksort_gguf.engine.sampling import Sampler
+from ksort_gguf.engine.session import Generator
+from ksort_gguf.engine.tokenizer.tokenizer import Tokenizer
 from ksort_gguf.errors import KsortError
-from ksort_gguf.runtime.generate import Generator
-from ksort_gguf.runtime.load import LoadedModel, load_model
-from ksort_gguf.runtime.sampling import Sampler
-from ksort_gguf.tokenizer.tokenizer import Tokenizer
+from ksort_gguf.names import CACHE_TYPES, K_TYPES
 
 TASK = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
@@ -102,7 +102,7 @@ def is_right(text: str, key: int) -> bool:
 def measure(loaded: LoadedModel, k_type: str, n_ctx: int, trials: list[Trial], prompts: list[list[int]]) -> dict:
     """Accuracy of one cache at one context length; `prompts` are the token ids of `trials`."""
     start = time.monotonic()
-    generator = Generator(loaded.model.start(loaded.cache_options(k_type), n_ctx), Sampler(temp=0))
+    generator = Generator(loaded.backend.start(loaded.cache_options(k_type), n_ctx), Sampler(temp=0))
     n_right = 0
     for trial, ids in zip(trials, prompts, strict=True):
         said = answer(generator, loaded.tokenizer, ids)
@@ -178,7 +178,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="TYPE",
         help=f"how keys are stored, one or more of {' '.join(CACHE_TYPES)} (default: f16 bfp12)",
     )
-    parser.add_argument("--plan-file", metavar="FILE", help="K plan to fold a stock GGUF with on load")
+    parser.add_argument("--plan-file", metavar="FILE", help="KV plan to fold a stock GGUF with on load")
     parser.add_argument("-s", "--seed", type=int, default=0, help="of keys and depths (default: %(default)s)")
     parser.add_argument("-t", "--threads", type=int, default=0, metavar="N", help="CPU threads (default: all)")
     return parser

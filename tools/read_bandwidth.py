@@ -8,12 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
-from ksort_gguf import native
-from ksort_gguf.native_pool import Pool, Weights
-from ksort_gguf.native_structs import aligned_buffer
+from ksort_gguf.binding.ffi import aligned_buffer
+from ksort_gguf.binding.levels import select_kernels
+from ksort_gguf.binding.rows import FloatRows
+from ksort_gguf.binding.run import Linear, Pool
 
 READ_ROW = 1024  # float32 a row of the buffer, as a matrix
-UNKNOWN_LAST_CACHE = 64 << 20  # bytes, where the system doesn't tell
+UNKNOWN_LAST_CACHE = 64 << 20  # bytes, where the system does not say
 
 
 def last_cache_bytes() -> int:
@@ -34,26 +35,24 @@ class Readers:
         self._buffer = aligned_buffer(n_bytes // (4 * READ_ROW) * (4 * READ_ROW))
         floats = self._buffer.view(np.float32)
         floats[:] = 1  # memory that was never written is one page of zeros, which no cache misses
-        self._x, self._y = np.ones(READ_ROW, np.float32), np.empty(len(floats) // READ_ROW, np.float32)
-        self._weights = Weights("f32", len(self._y), READ_ROW, floats.ctypes.data)
+        self._y = np.empty((1, len(floats) // READ_ROW), np.float32)
+        self._linear = Linear(floats.reshape(-1, READ_ROW))
+        call = self._linear.call(pool, FloatRows(np.ones((1, READ_ROW), np.float32)), FloatRows(self._y))
         self._threads = ThreadPoolExecutor(pool.n_threads)
         # linear is the last: it leaves the pool's threads awake, as the layer before attention does in a model
         self._readers: dict[str, Callable[[], object]] = {
             "or of int64": self._in_pieces(np.bitwise_or.reduce, np.int64),
             "maximum of float32": self._in_pieces(np.maximum.reduce, np.float32),
-            "linear of float32": self._linear,
+            "linear of float32": lambda: pool.run([call]),
         }
 
     def _in_pieces(self, reduce: Callable, dtype: type) -> Callable[[], object]:
-        pieces = np.array_split(self._buffer.view(dtype), self._pool.n_threads)
+        pieces: list[np.ndarray] = np.array_split(self._buffer.view(dtype), self._pool.n_threads)
         return lambda: list(self._threads.map(reduce, pieces))
-
-    def _linear(self) -> None:
-        self._pool.linear(self._weights, self._x.ctypes.data, self._y.ctypes.data, 1)
 
     def run(self) -> dict[str, float]:
         """GB/s of each reader, by name."""
-        native.select_kernels(None)  # the fastest level
+        select_kernels(None)  # the fastest level
         speeds = {}
         for name, read in self._readers.items():
             start = time.perf_counter_ns()

@@ -10,7 +10,7 @@ from .gear import Gear
 from .ggml import Q8, Rotated, SignedScale
 from .kivi import Kivi
 from .kvquant import KvQuant
-from .microscaling import MxFp4, MxInt8, nvfp4, nvint4
+from .microscaling import mxfp4, mxint8, nvfp4, nvint4
 from .outlier_suppression import OutlierSuppression
 from .qaq import Qaq
 from .scheme import Exact, Scheme
@@ -21,7 +21,7 @@ SCHEMES: dict[str, Scheme] = {
     scheme.name: scheme
     for scheme in (
         _Q4, Rotated(_Q4), _Q5, Rotated(_Q5), Q8(), Rotated(Q8()),
-        MxInt8(), MxFp4(), nvfp4(), nvint4(), nvint4(with_hadamard=True),
+        mxint8(), mxfp4(), nvfp4(), nvint4(), nvint4(with_hadamard=True),
         Kivi(2), Kivi(4), KvQuant(2), KvQuant(3), KvQuant(4), Gear(2), Gear(4), Qaq(), OutlierSuppression(),
     )
 }  # fmt: skip

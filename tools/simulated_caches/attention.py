@@ -1,12 +1,13 @@
-"""Attention over simulated caches, in the place of libksort's: what Model.run_layers calls once a layer."""
+"""Attention over simulated caches, in the place of libksort's."""
 
-import ctypes
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
-from ksort_gguf.families import Geometry
-from ksort_gguf.families.rope import RopeTables
+from ksort_gguf.binding.rows import FloatRows
+from ksort_gguf.cache.protocol import LayerPlan
+from ksort_gguf.kvplan import RopeTables
 
 from .scheme import LayerTensors, Scheme, Stored
 
@@ -35,52 +36,52 @@ class Rope:
         return (x * cos + partner * sin).flatten(0, 1)
 
 
-class SimulatedStep:
-    """One layer of a text that is fed whole: like native_pool.LayerStep, but keys and values are stored by schemes.
+class SimulatedAttention:
+    """cache.protocol.Attention over texts that are fed whole, their keys and values stored by schemes.
 
-    `seen` gets the layer's tensors before they are stored; `bits` holds the mean bits of a key and of a value of the
-    last text.
+    `seen` gets each layer's number and tensors before they are stored; `bits` holds the mean bits of a key and of a
+    value of the last text, by layer.
     """
 
-    def __init__(self, geometry: Geometry, tables: RopeTables, keys: Scheme, values: Scheme, seen=lambda layer: None):
-        self._g, self._rope = geometry, Rope(tables, geometry.n_kv_heads)
-        self._keys, self._values, self._seen = keys, values, seen
-        self.bits = (0.0, 0.0)
+    def __init__(
+        self, layers: Sequence[LayerPlan], keys: Sequence[Scheme], values: Sequence[Scheme],
+        seen: Callable[[int, LayerTensors], None] = lambda layer, tensors: None,
+    ):  # fmt: skip
+        """keys, values: a scheme for each layer."""
+        self._layers, self._keys, self._values, self._seen = layers, keys, values, seen
+        self._ropes = [Rope(plan.rope, plan.heads.n_kv_heads) for plan in layers]
+        self.bits = [(0.0, 0.0)] * len(layers)
 
-    def run(
-        self, qkv_address, token_stride, n_tokens, first_slot,
-        cos_address, sin_address, n_frequencies, out_address, out_token_stride,
-    ) -> None:  # fmt: skip
-        """As native_pool.LayerStep.run. Raises ValueError unless the tokens stand at the beginning of a text."""
-        if first_slot:
-            raise ValueError("a simulated cache needs the whole text in one call")
-        g = self._g
-        n_rows = g.n_heads + 2 * g.n_kv_heads
-        qkv = _floats(qkv_address, n_tokens, token_stride, n_rows * g.head_dim)
-        q, k, v = qkv.unflatten(1, (n_rows, g.head_dim)).transpose(0, 1).split([g.n_heads, g.n_kv_heads, g.n_kv_heads])
-        cos = _floats(cos_address, n_tokens, n_frequencies, n_frequencies)
-        sin = _floats(sin_address, n_tokens, n_frequencies, n_frequencies)
-        layer = LayerTensors(
-            q=self._rope.apply(q, cos, sin),
-            k=self._rope.apply(k, cos, sin),
+    def bound(self, n_tokens: int) -> int:
+        """See Attention."""
+        return n_tokens
+
+    def begin(self, n_tokens: int, n_slots: int) -> None:
+        """See Attention. Raises ValueError unless the tokens are a text from its beginning."""
+        if n_slots != n_tokens:
+            raise ValueError("a simulated cache needs the whole text in one step")
+
+    def run(self, layer: int, qkv: FloatRows, out: FloatRows) -> None:
+        """See Attention."""
+        plan, rope = self._layers[layer], self._ropes[layer]
+        h, n = plan.heads, qkv.n_rows
+        heads = torch.from_numpy(qkv.numpy()).view(n, -1, h.head_dim).transpose(0, 1)
+        q, k, v = heads.split([h.n_heads, h.n_kv_heads, h.n_kv_heads])
+        cos, sin = (torch.from_numpy(rows.numpy()) for rows in plan.rope_table.rows(0, n))
+        tensors = LayerTensors(
+            q=rope.apply(q, cos, sin),
+            k=rope.apply(k, cos, sin),
             k_before_rope=k.contiguous(),
             v=v.contiguous(),
-            apply_rope=lambda x: self._rope.apply(x, cos, sin),
-            score_scale=g.head_dim**-0.5,
+            apply_rope=lambda x: rope.apply(x, cos, sin),
+            score_scale=h.scale,
         )
-        self._seen(layer)
-        stored_k, stored_v = self._keys.store(layer, "k"), self._values.store(layer, "v")
-        self.bits = stored_k.bits, stored_v.bits
-        out = _floats(out_address, n_tokens, out_token_stride, g.n_heads * g.head_dim)
-        queries = self._keys.round_queries(layer.q)
-        attend(queries, layer, stored_k, stored_v, g.window, out.unflatten(1, (g.n_heads, g.head_dim)))
-
-
-def _floats(address: int, n_rows: int, stride: int, n_columns: int) -> torch.Tensor:
-    """float32 [n_rows, n_columns] at `address`, rows `stride` floats apart: a view, valid while that memory is."""
-    n_floats = (n_rows - 1) * stride + n_columns
-    flat = np.ctypeslib.as_array((ctypes.c_float * n_floats).from_address(address))
-    return torch.from_numpy(flat).as_strided((n_rows, n_columns), (stride, 1))
+        self._seen(layer, tensors)
+        keys, values = self._keys[layer], self._values[layer]
+        stored_k, stored_v = keys.store(tensors, "k"), values.store(tensors, "v")
+        self.bits[layer] = stored_k.bits, stored_v.bits
+        attended = torch.from_numpy(out.numpy()).view(n, h.n_heads, h.head_dim)
+        attend(keys.round_queries(tensors.q), tensors, stored_k, stored_v, h.window, attended)
 
 
 def attend(q: torch.Tensor, layer: LayerTensors, keys: Stored, values: Stored, window: int, out: torch.Tensor) -> None:
@@ -111,7 +112,9 @@ def attend(q: torch.Tensor, layer: LayerTensors, keys: Stored, values: Stored, w
         out[start:end] = attended.flatten(0, 1).transpose(0, 1)
 
 
-def _weighted_values(weights, layer: LayerTensors, values: Stored, first: int, start: int, end: int) -> torch.Tensor:
+def _weighted_values(
+    weights: torch.Tensor, layer: LayerTensors, values: Stored, first: int, start: int, end: int
+) -> torch.Tensor:
     """Queries start .. end-1: weights [n_kv_heads, group, rows, tokens first .. end-1] times what each finds of values.
 
     [n_kv_heads, group, rows, head_dim]. Overwrites `weights`.

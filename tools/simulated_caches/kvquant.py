@@ -30,7 +30,8 @@ class KvQuant(Scheme):
 
     def __init__(self, n_bits: int):
         self.name, self._n_bits = f"kvquant-{n_bits}", n_bits
-        self._low = self._high = self._points = None
+        self._points = torch.empty(0)  # by `fit`, like the ends of keys' channels, [n_kv_heads, 1, head_dim] each
+        self._low = self._high = torch.empty(0)
 
     def fit(self, sample: LayerTensors, side: Side) -> "KvQuant":
         fitted = KvQuant(self._n_bits)

@@ -13,9 +13,13 @@ A cache cannot know the largest value of tokens to come, so the tensor scale is 
 servers with NVFP4 caches do; a block scale beyond 448 saturates.
 """
 
+from collections.abc import Callable
+
 import torch
 
 from .scheme import BlockFormat, LayerTensors, Side, Stored, check_blocks, hadamard, rotated
+
+Rounding = Callable[[torch.Tensor], torch.Tensor]
 
 _E2M1_LARGEST = 6.0
 _E4M3_LARGEST = 448.0
@@ -33,10 +37,19 @@ def round_to_int4(x: torch.Tensor) -> torch.Tensor:
     return x.round().clamp(-7, 7)
 
 
+def round_to_int8(x: torch.Tensor) -> torch.Tensor:
+    """8-bit two's complement with six fraction bits: -2 .. 1 + 63/64. The specification allows to leave -2 unused."""
+    return (x * 64).round().clamp(-127, 127) / 64
+
+
 class Mx(BlockFormat):
     """An MX format: blocks of 32 and a shared power of two."""
 
     block_size = 32
+
+    def __init__(self, name: str, n_bits: int, emax: int, round_element: Rounding):
+        """n_bits: of an element. emax: the exponent of the largest one."""
+        self.name, self._n_bits, self._emax, self._round = name, n_bits, emax, round_element
 
     def decode(self, blocks: torch.Tensor) -> torch.Tensor:
         largest = blocks.abs().amax(-1, keepdim=True)
@@ -48,32 +61,15 @@ class Mx(BlockFormat):
         return self._n_bits + 8 / self.block_size
 
 
-class MxInt8(Mx):
-    """8-bit two's complement with six fraction bits: -2 .. 1 + 63/64. The specification allows to leave -2 unused."""
-
-    name = "mxint8"
-    _n_bits, _emax = 8, 0
-
-    @staticmethod
-    def _round(x: torch.Tensor) -> torch.Tensor:
-        return (x * 64).round().clamp(-127, 127) / 64
-
-
-class MxFp4(Mx):
-    """E2M1 elements."""
-
-    name = "mxfp4"
-    _n_bits, _emax = 4, 2
-    _round = staticmethod(round_to_e2m1)
-
-
 class Nv(BlockFormat):
     """4-bit elements in blocks of 16, an E4M3 scale a block, a float32 scale a tensor."""
 
     block_size = 16
     needs_calibration = True
 
-    def __init__(self, name: str, round_element, largest_element: float, rotation: torch.Tensor | None = None):
+    def __init__(
+        self, name: str, round_element: Rounding, largest_element: float, rotation: torch.Tensor | None = None
+    ):
         self.name, self._round, self._largest_element = name, round_element, largest_element
         self._rotation = rotation  # [32, 32] orthonormal
         self._tensor_scale = 1.0
@@ -108,6 +104,14 @@ def random_hadamard(n: int) -> torch.Tensor:
     """A Walsh-Hadamard matrix [n, n] whose rows have random signs, the same in every run; orthonormal."""
     signs = torch.randint(0, 2, (n, 1), generator=torch.Generator().manual_seed(0)) * 2 - 1
     return signs * hadamard(n)
+
+
+def mxint8() -> Mx:
+    return Mx("mxint8", 8, 0, round_to_int8)
+
+
+def mxfp4() -> Mx:
+    return Mx("mxfp4", 4, 2, round_to_e2m1)
 
 
 def nvfp4() -> Nv:

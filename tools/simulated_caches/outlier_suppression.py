@@ -11,6 +11,8 @@ takes. The output error is that of scores for keys (with the calibration text's 
 values. Constants of a layer belong to the model and are not counted.
 """
 
+import math
+
 import torch
 
 from .scheme import LayerTensors, Scheme, Side, Stored, uniform
@@ -26,26 +28,27 @@ class OutlierSuppression(Scheme):
     name = "os+-4"
     needs_calibration = True
 
-    def __init__(self):
-        self._shift = self._scale = None
+    def __init__(self, shift: torch.Tensor | None = None, scale: torch.Tensor | None = None):
+        """[n_kv_heads, 1, head_dim] each, from `fit`."""
+        self._shift, self._scale = shift, scale
 
     def fit(self, sample: LayerTensors, side: Side) -> "OutlierSuppression":
         x = sample.side(side)
         low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)  # [n_kv_heads, 1, head_dim]
         shift, half_range = (low + high) / 2, (high - low) / 2
         weight = _query_weight(sample) if side == "k" else torch.eye(x.shape[2])
-        best_loss = None
-        fitted = OutlierSuppression()
+        best_loss, best_scale = math.inf, torch.ones(())
         for threshold in torch.linspace(1, 0, _N_THRESHOLDS + 1)[:-1] * half_range.max():
             scale = (half_range / threshold).clamp(min=1)
             error = x - _decoded(x, shift, scale)
             loss = float(((error @ weight) * error).sum())
-            if best_loss is None or loss < best_loss:
-                best_loss, fitted._shift, fitted._scale = loss, shift, scale
-        return fitted
+            if loss < best_loss:
+                best_loss, best_scale = loss, scale
+        return OutlierSuppression(shift, best_scale)
 
     def store(self, layer: LayerTensors, side: Side) -> Stored:
         x = layer.side(side)
+        assert self._shift is not None and self._scale is not None
         return Stored(_decoded(x, self._shift, self._scale), _N_BITS + _SCALE_BITS / x.shape[2])
 
 

@@ -31,6 +31,10 @@ class LayerTensors:
         """Keys after RoPE, or values."""
         return self.k if side == "k" else self.v
 
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """q, k, k_before_rope, v."""
+        return self.q, self.k, self.k_before_rope, self.v
+
 
 @dataclass(frozen=True)
 class Stored:
@@ -42,7 +46,7 @@ class Stored:
     """
 
     decoded: torch.Tensor  # [n_kv_heads, n, head_dim] float32
-    bits: float  # mean bits a value: scales, indices and exact tokens included, as the later half of queries find it
+    bits: float  # mean bits per value: scales, indices and exact tokens included, as the later half of queries find it
     n_decoded: torch.Tensor | None = None  # int64 [n]
 
 
@@ -95,7 +99,7 @@ class BlockFormat(Scheme):
         raise NotImplementedError
 
     def bits(self) -> float:
-        """Bits a value, scales included."""
+        """Bits per value, scales included."""
         raise NotImplementedError
 
 
@@ -153,7 +157,7 @@ def uniform(x: torch.Tensor, n_bits: int, dim: int) -> torch.Tensor:
     return on_grid(x, 2**n_bits, x.amin(dim, keepdim=True), x.amax(dim, keepdim=True))
 
 
-def on_grid(x: torch.Tensor, n_points, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+def on_grid(x: torch.Tensor, n_points: float | torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
     """`x` on grids of n_points (a number or a tensor) from `low` to `high`, which broadcast against x.
 
     q * scale + zero, q = round((x - zero) / scale) clamped to the grid; scale and zero point in f16.
