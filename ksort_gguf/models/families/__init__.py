@@ -3,12 +3,14 @@
 from ksort_gguf.errors import UnsupportedModelError
 from ksort_gguf.models.families.llama import LLAMA
 from ksort_gguf.models.families.qwen2 import QWEN2
+from ksort_gguf.models.families.qwen3 import QWEN3
 from ksort_gguf.models.family import Family
 from ksort_gguf.names import base_architecture
 
 FAMILIES = (
     LLAMA,
     QWEN2,
+    QWEN3,
 )
 
 
