@@ -2,6 +2,7 @@
 
 from ksort_gguf.errors import UnsupportedModelError
 from ksort_gguf.models.families.llama import LLAMA
+from ksort_gguf.models.families.phi3 import PHI3
 from ksort_gguf.models.families.qwen2 import QWEN2
 from ksort_gguf.models.families.qwen3 import QWEN3
 from ksort_gguf.models.family import Family
@@ -11,6 +12,7 @@ FAMILIES = (
     LLAMA,
     QWEN2,
     QWEN3,
+    PHI3,
 )
 
 
