@@ -5,6 +5,7 @@ from ksort_gguf.models.families.llama import LLAMA
 from ksort_gguf.models.families.phi3 import PHI3
 from ksort_gguf.models.families.qwen2 import QWEN2
 from ksort_gguf.models.families.qwen3 import QWEN3
+from ksort_gguf.models.families.smollm3 import SMOLLM3
 from ksort_gguf.models.family import Family
 from ksort_gguf.names import base_architecture
 
@@ -13,6 +14,7 @@ FAMILIES = (
     QWEN2,
     QWEN3,
     PHI3,
+    SMOLLM3,
 )
 
 
