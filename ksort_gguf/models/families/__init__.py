@@ -1,6 +1,7 @@
 """Architectures that we know, one file each. To add one: a file here, a line below, a test."""
 
 from ksort_gguf.errors import UnsupportedModelError
+from ksort_gguf.models.families.granite import GRANITE
 from ksort_gguf.models.families.llama import LLAMA
 from ksort_gguf.models.families.phi3 import PHI3
 from ksort_gguf.models.families.qwen2 import QWEN2
@@ -15,6 +16,7 @@ FAMILIES = (
     QWEN3,
     PHI3,
     SMOLLM3,
+    GRANITE,
 )
 
 
