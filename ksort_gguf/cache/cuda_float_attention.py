@@ -58,7 +58,7 @@ class FloatAttention:
             cache[self._block, :, self._place] = new.to(cache.dtype)
         keys, values = (cache[: self._n_blocks].to(self._dtype) for cache in caches)
         attend = _decode if n == 1 else _prompt
-        out.tensor().copy_(attend(q, keys, values, self._masks[h.window]).reshape(n, -1))
+        attend(q, keys, values, self._masks[h.window], out.tensor().view(n, h.n_heads, h.head_dim))
 
 
 class _Mask:
@@ -72,19 +72,19 @@ class _Mask:
             self.bias = bias.view(n_blocks, 1, 1, FLOAT_BLOCK)
 
 
-def _prompt(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: _Mask) -> torch.Tensor:
-    """[n, n_heads, head_dim] from q of that shape, and keys and values as the cache has them."""
+def _prompt(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: _Mask, out: torch.Tensor) -> None:
+    """Into `out` [n, n_heads, head_dim], from q of that shape, and keys and values as the cache has them."""
     group = q.shape[1] // keys.shape[1]
     k, v = (
         x.transpose(0, 1)[:, None].expand(-1, group, -1, -1, -1).reshape(1, q.shape[1], -1, q.shape[2])
         for x in (keys, values)
     )
-    out = F.scaled_dot_product_attention(q.transpose(0, 1)[None], k, v, mask.visible, scale=1.0)
-    return out[0].transpose(0, 1)
+    attended = F.scaled_dot_product_attention(q.transpose(0, 1)[None], k, v, mask.visible, scale=1.0)
+    out.copy_(attended[0].transpose(0, 1))
 
 
-def _decode(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: _Mask) -> torch.Tensor:
-    """float32 [n_heads, head_dim] from q [1, n_heads, head_dim], and keys and values as the cache has them."""
+def _decode(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: _Mask, out: torch.Tensor) -> None:
+    """Into `out`, float32 [1, n_heads, head_dim], from q of that shape, and keys and values as the cache has them."""
     n_blocks, n_kv_heads, _, head_dim = keys.shape
     group = q.shape[1] // n_kv_heads
     q = q.view(1, n_kv_heads, group, head_dim).expand(n_blocks, -1, -1, -1).flatten(0, 1)
@@ -92,7 +92,7 @@ def _decode(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: _Ma
     scores = (scores + mask.bias).permute(1, 2, 0, 3)  # [n_kv_heads, group, n_blocks, FLOAT_BLOCK]
     weights = scores.flatten(2).softmax(-1).to(q.dtype).view(scores.shape)
     parts = _products(weights.permute(2, 0, 1, 3).flatten(0, 1), values.flatten(0, 1))
-    return parts.view(n_blocks, -1, head_dim).sum(0)
+    torch.sum(parts.view(n_blocks, -1, head_dim), 0, out=out[0])
 
 
 def _products(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
