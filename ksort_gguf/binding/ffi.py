@@ -54,7 +54,9 @@ class Binding:
         return self.ffi.cast(ctype, address_of(values))
 
     def floats(self, rows: FloatRows) -> Any:
-        """A float * to rows; the caller keeps them alive."""
+        """A float * to float32 rows; the caller keeps them alive. Raises ValueError for rows of another type."""
+        if rows.itemsize != _FLOAT_BYTES:
+            raise ValueError(f"expected float32 rows, got {rows.type_name}")
         return self.ffi.cast(self._floats, rows.address)
 
     def pointer(self, address: int) -> Any:
@@ -106,3 +108,4 @@ def aligned_buffer(n_bytes: int) -> np.ndarray:
 
 
 ALIGNMENT = 64  # bytes
+_FLOAT_BYTES = 4
