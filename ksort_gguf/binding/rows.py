@@ -28,23 +28,25 @@ class FloatRows:
     In host memory (NumPy, torch) they are float32; a GPU takes f16 and bf16 too (`type_name`).
     """
 
-    __slots__ = ("_first", "_whole", "address", "itemsize", "n_rows", "stride", "width")
+    __slots__ = ("_first", "_is_part", "_whole", "address", "itemsize", "n_rows", "stride", "width")
 
     def __init__(self, array: "Array"):
         """array: 2-D, of f32, f16 or bf16, its last axis contiguous. Raises ValueError for others."""
-        if array.ndim != 2:
-            raise ValueError(f"rows are 2-D, got {list(array.shape)}")
-        if array.itemsize > 4:
+        shape = array.shape
+        if len(shape) != 2:
+            raise ValueError(f"rows are 2-D, got {list(shape)}")
+        self.n_rows: int = shape[0]
+        self.width: int = shape[1]
+        self.itemsize = array.itemsize
+        if self.itemsize > 4:
             raise ValueError(f"rows are of 32 or 16 bits, got {array.dtype}")
         if isinstance(array, np.ndarray):
-            stride, step = (n_bytes // array.itemsize for n_bytes in array.strides)
+            stride, step = (n_bytes // self.itemsize for n_bytes in array.strides)
         else:
             stride, step = array.stride()
-        self.n_rows: int = array.shape[0]
-        self.width: int = array.shape[1]
         if step != 1 and self.width > 1:
             raise ValueError("the values of a row must be contiguous")
-        self._whole, self._first, self.itemsize = array, 0, array.itemsize
+        self._whole, self._first, self._is_part = array, 0, False
         self.address = address_of(array)
         self.stride = stride if self.n_rows > 1 else max(stride, self.width)
 
@@ -52,6 +54,7 @@ class FloatRows:
         """The part of every row from value `start` to before `stop`; cheap enough for a step of a GPU."""
         part = FloatRows.__new__(FloatRows)
         part._whole, part._first, part.n_rows, part.stride = self._whole, self._first + start, self.n_rows, self.stride
+        part._is_part = True
         part.width, part.itemsize, part.address = stop - start, self.itemsize, self.address + start * self.itemsize
         return part
 
@@ -62,9 +65,7 @@ class FloatRows:
     @property
     def array(self) -> "Array":
         """The same memory as an array of its kind, [n_rows, width]."""
-        if self.width == self._whole.shape[1]:
-            return self._whole
-        return self._whole[:, self._first : self._first + self.width]
+        return self._whole[:, self._first : self._first + self.width] if self._is_part else self._whole
 
     @property
     def type_name(self) -> str:

@@ -165,12 +165,14 @@ class TorchModel:
         x, spec, how = F.embedding(tokens, self._embedding).float(), self.spec, self._how
         if spec.embedding_scale != 1:
             x *= spec.embedding_scale
+        widths = {attention.output.n_in for attention in spec.attentions}
+        attended = {width: torch.empty((len(x), width), device=x.device) for width in widths}
+        rows = {width: FloatRows(out) for width, out in attended.items()}
         for layer, (block, w) in enumerate(zip(spec.blocks, self._blocks, strict=True)):
 
             def attend(qkv: torch.Tensor, layer: int = layer, width: int = block.attention.output.n_in) -> torch.Tensor:
-                out = torch.empty((len(qkv), width), device=qkv.device)
-                attention.run(layer, FloatRows(qkv), FloatRows(out))
-                return out
+                attention.run(layer, FloatRows(qkv), rows[width])
+                return attended[width]
 
             run_block(block, w, x, attend, how)
         logits = how.product(_norm(x[len(x) - n_logits :], spec.output_norm, self._output_norm), self._output)
