@@ -49,18 +49,17 @@ def cuda_build() -> str:
 
 
 def header_text() -> str:
-    """What cffi can parse of all headers that are here. Raises KsortError where libksort's or libksort_run's is not."""
-    found = {name: _header(name) for name in ("ksort.h", "ksort_run.h", "ksort_cuda.h")}
-    for name in ("ksort.h", "ksort_run.h"):
-        if found[name] is None:
-            raise KsortError(f"{_PACKAGE}/include/{name}: the native header is missing: reinstall ksort-gguf")
-    return "\n".join(declarations(path.read_text(encoding="utf-8")) for path in found.values() if path is not None)
+    """What cffi can parse of all headers. Raises KsortError where one is missing."""
+    headers = (_header(name) for name in ("ksort.h", "ksort_run.h", "ksort_cuda.h"))
+    return "\n".join(declarations(header.read_text(encoding="utf-8")) for header in headers)
 
 
-def _header(name: str) -> Path | None:
+def _header(name: str) -> Path:
     """A header of the package or, running from a source tree, of native/."""
-    folders = (*(folder / "include" for folder in package_folders()), *_SOURCE_HEADERS)
-    return next((folder / name for folder in folders if (folder / name).is_file()), None)
+    for folder in (*(folder / "include" for folder in package_folders()), *_SOURCE_HEADERS):
+        if (folder / name).is_file():
+            return folder / name
+    raise KsortError(f"{_PACKAGE}/include/{name}: the native header is missing: reinstall ksort-gguf")
 
 
 def package_folders() -> list[Path]:

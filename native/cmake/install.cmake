@@ -4,7 +4,7 @@ set_target_properties(ksort_run PROPERTIES INSTALL_RPATH "$<IF:$<PLATFORM_ID:Dar
 
 if(SKBUILD)
   install(TARGETS ksort ksort_run LIBRARY DESTINATION lib)
-  install(FILES include/ksort.h run/ksort_run.h DESTINATION include)
+  install(FILES include/ksort.h run/ksort_run.h include/ksort_cuda.h DESTINATION include)
   file(WRITE ${CMAKE_CURRENT_BINARY_DIR}/ksort_build.txt "${cuda_report}\n")
   install(FILES ${CMAKE_CURRENT_BINARY_DIR}/ksort_build.txt DESTINATION lib)
   return()
