@@ -155,7 +155,7 @@ def test_first_layer_agrees_with_sampling(tmp_path, rng):
     weights["model.embed_tokens.weight"] *= 2.0 ** rng.uniform(-2, 2, N_EMBD).astype(np.float32)
     with open_weights(tmp_path / "m", QWEN2, weights) as source:
         moments, matrices = of_weights(source)[0], rotations(source, HEAD_DIM)
-    n = 256 * 80
+    n = 256 * 200
     x = normalized(hidden_states(rng, weights, n), weights["model.layers.0.input_layernorm.weight"])
 
     def project(part: str) -> np.ndarray:
@@ -170,10 +170,10 @@ def test_first_layer_agrees_with_sampling(tmp_path, rng):
         return np.linalg.norm(found - expected) / np.linalg.norm(expected)
 
     k, q, v = turn(project("k")), turn(project("q")), project("v")
-    assert distance(moments.k_second, second(k)) < 0.06
-    assert distance(moments.v_second, second(v)) < 0.06
+    assert distance(moments.k_second, second(k)) < 0.04
+    assert distance(moments.v_second, second(v)) < 0.04
     by_head = second(q)
-    assert distance(moments.q_second, by_head.reshape(N_KV_HEADS, -1, HEAD_DIM, HEAD_DIM).sum(axis=1)) < 0.06
+    assert distance(moments.q_second, by_head.reshape(N_KV_HEADS, -1, HEAD_DIM, HEAD_DIM).sum(axis=1)) < 0.04
     noise = np.sqrt(np.einsum("hcc->hc", moments.k_second) / n)
     assert (np.abs(moments.k_mean - k.mean(axis=0)) < 6 * noise).all()
     assert (np.abs(moments.v_mean - v.mean(axis=0)) < 6 * noise.max()).all()
