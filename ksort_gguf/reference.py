@@ -7,54 +7,24 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ksort_gguf.reference_blocks import MANTISSA_BITS, decode_blocks, encode_blocks
+
 if TYPE_CHECKING:
     from ksort_gguf.kvplan import Transform
 
 TILE_TOKENS = 64
 STRIP_TOKENS = 16
-EXPONENT_BIAS = 127
-MANTISSA_BITS = {"bfp16": 8, "bfp14": 6, "bfp12": 4}
 FLOAT_BYTES = {"f32": 4, "f16": 2, "bf16": 2}
-GROUP_CHANNELS = {8: 4, 6: 16, 4: 8}  # channels whose mantissas fill whole 4-byte words together
+GROUP_CHANNELS = {8: 4, 6: 16, 4: 8, 3: 32}  # channels whose mantissas fill whole 4-byte words together
 
 
-# --- Blocks ---
-
-
-def encode_blocks(x: np.ndarray, mantissa_bits: int, block_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """The nearest encoder: finite float32 x [..., d] -> mantissas int8 [..., d], exponents uint8 [..., blocks].
-
-    Raises ValueError on NaN or infinity.
-    """
-    if not np.isfinite(x).all():
-        raise ValueError("NaN or infinity cannot be stored")
-    largest_mantissa = 2 ** (mantissa_bits - 1) - 1
-    mantissas, exponents = [], []
-    for start in range(0, x.shape[-1], block_size):
-        block = x[..., start : start + block_size].astype(np.float64)
-        largest = np.abs(block).max(axis=-1, keepdims=True)
-        stored = largest >= 2.0**-126  # below: subnormal or zero, the whole block becomes zero
-        exponent = np.frexp(largest)[1] - 1  # floor(log2(largest)): frexp's fraction lies in [1/2, 1)
-        quotient = np.ldexp(block, -(exponent - (mantissa_bits - 2)))  # x / step, exact in float64
-        rounded = np.clip(np.rint(quotient), -largest_mantissa, largest_mantissa)  # rint rounds half to even
-        mantissas.append(np.where(stored, rounded, 0).astype(np.int8))
-        exponents.append(np.where(stored, exponent + EXPONENT_BIAS, 0).astype(np.uint8))
-    return np.concatenate(mantissas, axis=-1), np.concatenate(exponents, axis=-1)
-
-
-def decode_blocks(mantissas: np.ndarray, exponents: np.ndarray, mantissa_bits: int, block_size: int) -> np.ndarray:
-    """Mantissas int8 [..., d] and exponents uint8 [..., blocks], of any byte values -> float32 [..., d]."""
-    stored = np.repeat(exponents.astype(np.int32), block_size, axis=-1)[..., : mantissas.shape[-1]]
-    values = np.ldexp(mantissas.astype(np.float64), stored - EXPONENT_BIAS - (mantissa_bits - 2))
-    with np.errstate(over="ignore"):  # the largest exponents reach beyond float32: infinity
-        return np.where(stored == 0, 0.0, values).astype(np.float32)
+# --- Blocks (reference_blocks.py) ---
 
 
 def round_blocks(x: np.ndarray, type_name: str, block_size: int) -> np.ndarray:
     """x [..., d] as a cache or query of type `type_name` holds it: float32 [..., d]."""
     if type_name in MANTISSA_BITS:
-        bits = MANTISSA_BITS[type_name]
-        return decode_blocks(*encode_blocks(x, bits, block_size), bits, block_size)
+        return decode_blocks(*encode_blocks(x, type_name, block_size), type_name, block_size)
     return bytes_to_float(float_to_bytes(x, type_name), type_name)
 
 
@@ -118,56 +88,6 @@ def restore_values(out: np.ndarray, transform: "Transform") -> np.ndarray:
     return out
 
 
-def encode_transformed(
-    y: np.ndarray, mantissa_bits: int, block_size: int, feedback: np.ndarray | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """The encoder of transformed heads: float32 y [T, heads, d] -> mantissas int8 [T, heads, d], exponents uint8.
-
-    feedback: float32 [heads, d, d] or None. All arithmetic is float32, each operation rounded. Raises ValueError on NaN
-    or infinity.
-    """
-    if not np.isfinite(y).all():
-        raise ValueError("NaN or infinity cannot be stored")
-    low, high = np.float32(-(2 ** (mantissa_bits - 1))), np.float32(2 ** (mantissa_bits - 1) - 1)
-    y = y.astype(np.float32)
-    blocks = (y[..., start : start + block_size] for start in range(0, y.shape[-1], block_size))
-    exponents = np.stack([_least_error_exponent(block, mantissa_bits, low, high) for block in blocks], axis=-1)
-    mantissas = np.zeros(y.shape, np.int8)
-    for c in range(y.shape[-1]):
-        exponent = exponents[..., c // block_size].astype(np.int32)
-        power = exponent - EXPONENT_BIAS - (mantissa_bits - 2)  # step = 2^power
-        mantissa = np.rint(np.clip(np.ldexp(y[..., c], -power), low, high))
-        mantissa = np.where(exponent == 0, np.float32(0), mantissa).astype(np.float32)
-        mantissas[..., c] = mantissa
-        if feedback is not None:
-            error = y[..., c] - np.ldexp(mantissa, power)
-            y[..., c + 1 :] -= error[..., None] * feedback[:, c, c + 1 :]
-    return mantissas, exponents
-
-
-def _least_error_exponent(block: np.ndarray, mantissa_bits: int, low: np.float32, high: np.float32) -> np.ndarray:
-    """float32 block [..., n] -> stored exponents uint8 [...]: floor(log2 of the largest), or one less.
-
-    One less where that lowers the sum of squared errors of nearest rounding, and is not below 1. The sum is of 16
-    partial sums, channel c adding to sum c % 16, which are then added in halves: 8, 4, 2, 1.
-    """
-    largest = np.abs(block).max(axis=-1)
-    exponent = np.where(largest >= 2.0**-126, np.frexp(largest)[1] - 1 + EXPONENT_BIAS, 0)
-    units = np.ldexp(block, (mantissa_bits - 2 + EXPONENT_BIAS - exponent)[..., None])  # of the larger step
-    squares = []
-    for x in (units, 2 * units):
-        error = x - np.rint(np.clip(x, low, high))
-        square = np.pad(error * error, [(0, 0)] * (block.ndim - 1) + [(0, -block.shape[-1] % 16)])
-        sums = np.zeros((*block.shape[:-1], 16), np.float32)
-        for start in range(0, square.shape[-1], 16):
-            sums += square[..., start : start + 16]
-        for half in (8, 4, 2, 1):
-            sums = sums[..., :half] + sums[..., half : 2 * half]
-        squares.append(sums[..., 0])
-    smaller = (squares[1] < 4 * squares[0]) & (exponent > 1)  # errors of the second are in half the unit
-    return np.where(smaller, exponent - 1, exponent).astype(np.uint8)
-
-
 # --- Float types ---
 
 
@@ -206,6 +126,8 @@ def pack_words(mantissas: np.ndarray, mantissa_bits: int) -> np.ndarray:
     groups = fields.reshape(*fields.shape[:-1], -1, group)
     if mantissa_bits == 8:
         return groups
+    if mantissa_bits == 3:
+        return _pack_words_of_3_bits(groups)
     nibbles = groups.reshape(*groups.shape[:-1], -1, 2, 4) & 15  # [..., words, low or high half, byte]
     words = nibbles[..., 0, :] | nibbles[..., 1, :] << 4
     if mantissa_bits == 6:
@@ -215,11 +137,23 @@ def pack_words(mantissas: np.ndarray, mantissa_bits: int) -> np.ndarray:
     return words.reshape(*mantissas.shape[:-1], -1, 4)
 
 
+def _pack_words_of_3_bits(groups: np.ndarray) -> np.ndarray:
+    """uint8 [..., groups, 32] -> [..., words, 4]: of each group the low two bits in two words, the high bits in one."""
+    quads = groups.reshape(*groups.shape[:-1], 8, 4)  # [..., i, b]: channel 4 i + b
+    low = [sum((quads[..., 4 * w + i, :] & 3) << 2 * i for i in range(4)) for w in range(2)]
+    high = sum((quads[..., i, :] >> 2) << i for i in range(8))
+    return np.stack([*low, high], axis=-2).reshape(*groups.shape[:-2], -1, 4)
+
+
 def unpack_words(words: np.ndarray, mantissa_bits: int, head_dim: int) -> np.ndarray:
     """uint8 [..., W, 4] -> int8 [..., head_dim]: the inverse of pack_words."""
     leading = words.shape[:-2]
     if mantissa_bits == 8:
         fields = words.reshape(*leading, -1)
+    elif mantissa_bits == 3:
+        groups = words.reshape(*leading, -1, 3, 4)
+        quads = [groups[..., i // 4, :] >> 2 * (i % 4) & 3 | (groups[..., 2, :] >> i & 1) << 2 for i in range(8)]
+        fields = np.stack(quads, axis=-2).reshape(*leading, -1)
     else:
         groups = words.reshape(*leading, -1, 3 if mantissa_bits == 6 else 1, 4)
         low = groups[..., :2, :] if mantissa_bits == 6 else groups
@@ -239,15 +173,14 @@ def pack_tile(x: np.ndarray, type_name: str, block_size: int) -> np.ndarray:
     """float32 x [64, d] -> the tile's bytes, uint8 [tile bytes]; the nearest encoder."""
     if type_name in FLOAT_BYTES:
         return float_to_bytes(x, type_name).ravel()
-    bits = MANTISSA_BITS[type_name]
-    return tile_of(*encode_blocks(x, bits, block_size), bits)
+    return tile_of(*encode_blocks(x, type_name, block_size), type_name)
 
 
-def tile_of(mantissas: np.ndarray, exponents: np.ndarray, bits: int) -> np.ndarray:
-    """int8 mantissas [64, d] and uint8 exponents [64, blocks] -> the tile's bytes, uint8 [tile bytes]."""
-    words = pack_words(mantissas, bits)  # [64 tokens, W, 4]
+def tile_of(mantissas: np.ndarray, codes: np.ndarray, type_name: str) -> np.ndarray:
+    """int8 mantissas [64, d] and uint8 scale bytes [64, blocks] -> the tile's bytes, uint8 [tile bytes]."""
+    words = pack_words(mantissas, MANTISSA_BITS[type_name])  # [64 tokens, W, 4]
     strips = words.reshape(TILE_TOKENS // STRIP_TOKENS, STRIP_TOKENS, -1, 4).swapaxes(1, 2)  # [strip, W, 16 tokens, 4]
-    return np.concatenate([strips.ravel(), exponents.T.ravel()])
+    return np.concatenate([strips.ravel(), codes.T.ravel()])
 
 
 def unpack_tile(tile: np.ndarray, type_name: str, head_dim: int, block_size: int) -> np.ndarray:
@@ -256,10 +189,10 @@ def unpack_tile(tile: np.ndarray, type_name: str, head_dim: int, block_size: int
         return bytes_to_float(tile.reshape(TILE_TOKENS, -1), type_name)
     bits = MANTISSA_BITS[type_name]
     n_blocks = -(-head_dim // block_size)
-    strips, exponents = np.split(tile, [tile.size - n_blocks * TILE_TOKENS])
+    strips, codes = np.split(tile, [tile.size - n_blocks * TILE_TOKENS])
     words = strips.reshape(TILE_TOKENS // STRIP_TOKENS, -1, STRIP_TOKENS, 4).swapaxes(1, 2).reshape(TILE_TOKENS, -1, 4)
     mantissas = unpack_words(words, bits, head_dim)
-    return decode_blocks(mantissas, exponents.reshape(n_blocks, TILE_TOKENS).T, bits, block_size)
+    return decode_blocks(mantissas, codes.reshape(n_blocks, TILE_TOKENS).T, type_name, block_size)
 
 
 # --- Attention ---
