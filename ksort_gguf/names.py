@@ -15,7 +15,7 @@ MAX_HEAD_DIM = 256
 MAX_LAYERS = 1024  # several times what exists; more is a damaged file, refused before anything is counted up to it
 
 # A token's mantissas are stored in 4-byte words: 8 channels of 4 bits, 4 of 8 bits, 16 of 6 bits in three words.
-_GROUP_CHANNELS = {4: 8, 6: 16, 8: 4}
+_GROUP_CHANNELS = {3: 32, 4: 8, 6: 16, 8: 4}
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class CacheType:
     name: str
     native_id: int  # ksort_type in ksort.h
     value_bits: int  # bits of a float, or of a BFP mantissa
-    is_bfp: bool = False
+    is_bfp: bool = False  # in blocks: BFP, or SBFP, whose scale bytes are signed floats
     queries: bool = False  # whether queries may be rounded to it
 
     def tile_bytes(self, head_dim: int, block_size: int) -> int:
@@ -51,6 +51,8 @@ CACHE_TYPES = {
         CacheType("bfp16", 3, 8, is_bfp=True, queries=True),
         CacheType("bfp14", 4, 6, is_bfp=True),
         CacheType("bfp12", 5, 4, is_bfp=True),
+        CacheType("sbfp12", 6, 4, is_bfp=True),
+        CacheType("sbfp11", 7, 3, is_bfp=True),
     )
 }
 K_TYPES = V_TYPES = tuple(CACHE_TYPES)

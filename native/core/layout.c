@@ -34,7 +34,7 @@ ksort_status ksort_layout_of(const ksort_format *format, struct head_layout *lay
         return KSORT_ERR_ARGUMENT;
     if (format->struct_size != sizeof *format)
         return KSORT_ERR_STRUCT_SIZE;
-    if (format->type > KSORT_BFP12)
+    if (format->type > KSORT_SBFP11)
         return KSORT_ERR_TYPE;
     if (format->head_dim == 0 || format->head_dim % 2 || format->head_dim > KSORT_MAX_HEAD_DIM)
         return KSORT_ERR_HEAD_DIM;
@@ -51,8 +51,11 @@ ksort_status ksort_layout_of(const ksort_format *format, struct head_layout *lay
     case KSORT_BF16: set_float(layout, 2); break;
     case KSORT_BFP16: set_bfp(layout, 8, 1, 1); break;
     case KSORT_BFP14: set_bfp(layout, 6, 4, 3); break;
-    case KSORT_BFP12: set_bfp(layout, 4, 2, 1); break;
+    case KSORT_BFP12:
+    case KSORT_SBFP12: set_bfp(layout, 4, 2, 1); break;
+    case KSORT_SBFP11: set_bfp(layout, 3, 8, 3); break;
     }
+    layout->is_scaled = format->type == KSORT_SBFP12 || format->type == KSORT_SBFP11;
     return KSORT_OK;
 }
 
@@ -78,6 +81,14 @@ static void words_of_quads(const struct head_layout *layout, const uint32_t *qua
             for (uint32_t i = 0; i < 4; i++)
                 words[2] |= (quads[i] >> 4 & 0x03030303u) << 2 * i;
         }
+        break;
+    case 3:
+        memset(words, 0, layout->n_words * sizeof *words);
+        for (uint32_t group = 0; group < layout->n_words / 3; group++, quads += 8, words += 3)
+            for (uint32_t i = 0; i < 8; i++) {
+                words[i / 4] |= (quads[i] & 0x03030303u) << 2 * (i % 4);
+                words[2] |= (quads[i] >> 2 & 0x01010101u) << i;
+            }
         break;
     }
 }
@@ -106,6 +117,14 @@ static void quads_of_words(const struct head_layout *layout, const uint32_t *wor
                 uint32_t low = words[i / 2] >> 4 * (i % 2) & 0x0F0F0F0Fu;
                 uint32_t high = words[2] >> 2 * i & 0x03030303u;
                 quads[i] = sign_extend_bytes(low | high << 4, 6);
+            }
+        break;
+    case 3:
+        for (uint32_t group = 0; group < layout->n_words / 3; group++, quads += 8, words += 3)
+            for (uint32_t i = 0; i < 8; i++) {
+                uint32_t low = words[i / 4] >> 2 * (i % 4) & 0x03030303u;
+                uint32_t high = words[2] >> i & 0x01010101u;
+                quads[i] = sign_extend_bytes(low | high << 2, 3);
             }
         break;
     }

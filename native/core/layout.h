@@ -4,6 +4,8 @@
  * words turn into quads by shifts and masks within bytes:
  *   BFP16: word  -> quad              BFP12: word -> quads 0, 1 (low and high four bits of each byte)
  *   BFP14: words 0, 1, 2 -> quads 0..3: low four bits as BFP12, high two bits from word 2
+ *   SBFP12: as BFP12         SBFP11: words 0, 1, 2 -> quads 0..7: low two bits from words 0 and 1, high bit from word 2
+ * "BFP" stands for all types with blocks here, "exponents" for their scale bytes, unless SBFP is told apart.
  */
 #ifndef KSORT_LAYOUT_H
 #define KSORT_LAYOUT_H
@@ -24,7 +26,8 @@ struct head_layout {
     uint32_t type; /* ksort_type */
     uint32_t head_dim;
     uint32_t block_size;    /* BFP */
-    uint32_t mantissa_bits; /* BFP: 4, 6 or 8; 0 for float types */
+    uint32_t mantissa_bits; /* BFP: 3, 4, 6 or 8; 0 for float types */
+    bool is_scaled;         /* SBFP: scale bytes are e5m2, mantissas whole numbers */
     uint32_t n_blocks;      /* BFP */
     uint32_t n_words;       /* BFP: stored words a token, padding included */
     uint32_t n_quads;       /* BFP: quads a token, padding included */

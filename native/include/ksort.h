@@ -56,9 +56,11 @@ typedef enum ksort_type {
     KSORT_F32 = 0,
     KSORT_F16 = 1,
     KSORT_BF16 = 2,
-    KSORT_BFP16 = 3, /* 8-bit mantissas */
-    KSORT_BFP14 = 4, /* 6-bit mantissas */
-    KSORT_BFP12 = 5  /* 4-bit mantissas */
+    KSORT_BFP16 = 3,  /* 8-bit mantissas */
+    KSORT_BFP14 = 4,  /* 6-bit mantissas */
+    KSORT_BFP12 = 5,  /* 4-bit mantissas */
+    KSORT_SBFP12 = 6, /* 4-bit mantissas, signed scales (FORMAT.md section 1.2) */
+    KSORT_SBFP11 = 7  /* 3-bit mantissas, signed scales */
 } ksort_type;
 
 /* How the heads of one cache are stored. Its size is always the same, as it stands within ksort_cache. */
