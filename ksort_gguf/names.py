@@ -4,11 +4,12 @@ The only file that spells our metadata keys. A cache type or a step is one row h
 and bindings go over the rows.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ksort_gguf.errors import CacheTypeError
 
-FORMAT_VERSION = 1  # major version: a reader refuses a larger one
+FORMAT_VERSION = 2  # major version: a reader refuses a larger one
 TILE_TOKENS = 64  # tokens of one head that are stored together, see FORMAT.md
 BLOCK_SIZES = (16, 32, 64, 128)
 MAX_HEAD_DIM = 256
@@ -58,6 +59,7 @@ CACHE_TYPES = {
 K_TYPES = V_TYPES = tuple(CACHE_TYPES)
 QUERY_TYPES = tuple(t.name for t in CACHE_TYPES.values() if t.queries)
 
+DEFAULT_BLOCK_TYPE = "sbfp12"  # of the types in blocks
 DEFAULT_V_TYPE = "f16"
 DEFAULT_QUERY_TYPE = "bfp16"
 
@@ -139,13 +141,18 @@ def check_name(field: str, name: str, known: tuple[str, ...]) -> None:
 
 
 def default_k_type(head_dim: int) -> str:
-    """BFP12; f16 for (toy) heads that are smaller than the smallest block."""
-    return "bfp12" if head_dim >= BLOCK_SIZES[0] else "f16"
+    """SBFP12; f16 for (toy) heads that are smaller than the smallest block."""
+    return DEFAULT_BLOCK_TYPE if head_dim >= BLOCK_SIZES[0] else "f16"
 
 
 def default_block_size(head_dim: int) -> int:
     """32, or 16 for heads smaller than that."""
     return 32 if head_dim >= 32 else 16
+
+
+def format_version(steps: Iterable[str]) -> int:
+    """The lowest version whose readers store what a plan of `steps` asks for (FORMAT.md section 4.6)."""
+    return 2 if "feedback" in steps else 1
 
 
 class Keys:

@@ -32,7 +32,7 @@ class PackedCache:
     """
 
     def __init__(
-        self, *, n_kv_heads: int, head_dim: int, n_ctx: int, cache_type_k: str = "bfp12", cache_type_v: str = "bfp12",
+        self, *, n_kv_heads: int, head_dim: int, n_ctx: int, cache_type_k: str = "sbfp12", cache_type_v: str = "sbfp12",
         block_size: int | None = None, query_type: str | None = None, plan: KVPlan | None = None, layer: int = 0,
     ):  # fmt: skip
         """n_ctx: tokens that it may hold. block_size: channels that share an exponent (default 32).
