@@ -118,20 +118,22 @@ def test_queries_know_nothing_of_later_tokens(name):
     torch.testing.assert_close(outputs[0], outputs[1], atol=2e-5, rtol=1e-5)
 
 
-def attended(layer, keys, values, window=0) -> torch.Tensor:
+def attended(layer, keys, values, window=0, ends=(0, 0)) -> torch.Tensor:
     n_heads, n, head_dim = layer.q.shape
     out = torch.empty(n, n_heads, head_dim)
-    attend(layer.q, layer, keys.store(layer, "k"), values.store(layer, "v"), window, out)
+    k, v = keys.store(layer, "k").with_exact(*ends), values.store(layer, "v").with_exact(*ends)
+    attend(layer.q, layer, k, v, window, out)
     return out
 
 
+@pytest.mark.parametrize("ends", [(0, 0), (20, 0), (0, 3), (150, 150)], ids=str)  # the tail, the sinks
 @pytest.mark.parametrize("window", [0, 40])
 @pytest.mark.parametrize("name", ["f32", "q4_0", "kivi-2"])
-def test_attention_equals_its_definition(name, window):
+def test_attention_equals_its_definition(name, window, ends):
     """Would catch a wrong mask, window, head group, or token that is read as stored while it is still exact."""
     layer, scheme = layer_of(5), fitted(name, "k")
-    k, v = scheme.store(layer, "k"), scheme.store(layer, "v")
-    out = attended(layer, scheme, scheme, window)
+    k, v = (scheme.store(layer, side).with_exact(*ends) for side in ("k", "v"))
+    out = attended(layer, scheme, scheme, window, ends)
     for t in (0, 1, 130, 131, 255, 256, 299):
         first = max(0, t + 1 - window) if window else 0
         for head in (0, 2, 5):
@@ -143,7 +145,29 @@ def test_attention_equals_its_definition(name, window):
 def found(stored, exact, head: int, t: int) -> torch.Tensor:
     """What the query at `t` finds of tokens 0 .. t: [t + 1, head_dim]."""
     n_decoded = t + 1 if stored.n_decoded is None else int(stored.n_decoded[t])
-    return torch.cat([stored.decoded[head, :n_decoded], exact[head, n_decoded : t + 1].half().float()])
+    as_stored = [stored.n_sinks <= token < n_decoded for token in range(t + 1)]
+    return torch.stack(
+        [(stored.decoded if is_so else exact.half().float())[head, i] for i, is_so in enumerate(as_stored)]
+    )
+
+
+@pytest.mark.parametrize("name, tail, sink", [("q4_0", 7, 4), ("kivi-4", 200, 0), ("kivi-4", 1, 2)])
+def test_exact_ends_are_the_newest_and_the_first_tokens(name, tail, sink):
+    """Would catch a tail that leaves out the query's own token, shortens the source's own window, or is not counted."""
+    layer = layer_of(5)
+    plain = fitted(name, "k").store(layer, "k")
+    stored = plain.with_exact(tail, sink)
+    token_bits = {"q4_0": 4.5, "kivi-4": 5}[name]
+    bits = []
+    for t in range(N // 2, N):
+        by_source = t + 1 if name == "q4_0" else t // 128 * 128
+        is_stored = [sink <= token < by_source and token <= t - tail for token in range(t + 1)]
+        bits.append(sum(token_bits if is_so else 16 for is_so in is_stored) / (t + 1))
+        if t % 25 == 0:
+            exact = layer.k[0, : t + 1].half().float()
+            expected = torch.where(torch.tensor(is_stored)[:, None], plain.decoded[0, : t + 1], exact)
+            torch.testing.assert_close(found(stored, layer.k, 0, t), expected, atol=0, rtol=0)
+    assert stored.bits == pytest.approx(sum(bits) / len(bits))
 
 
 @pytest.mark.parametrize("side", ["k", "v"])
@@ -235,7 +259,7 @@ def test_bits_of_kvquant_count_outliers_and_the_exact_token():
     layer = layer_of(9)  # the text that it was fitted on
     bits = fitted("kvquant-4", "k").store(layer, "k").bits
     share = 4 / N  # quantiles 0.5% and 99.5% of 300 tokens leave two beyond either
-    assert bits == pytest.approx((4 + 32 * share) * (N - 1) / N + 16 / N, abs=0.01)
+    assert bits == pytest.approx(with_window(4 + 32 * share, lambda t: t), abs=0.01)
 
 
 def test_qaq_gives_bits_to_tokens_that_are_attended_to():
