@@ -30,7 +30,12 @@ PLAN_DEFAULTS = (
 PEER_DEFAULTS = (
     "q8_0", "q5_0", "q5_0+hadamard", "q4_0", "q4_0+hadamard", "mxint8", "mxfp4", "nvfp4", "nvint4", "nvint4+hadamard",
     "kivi-4", "kivi-2", "kvquant-4", "kvquant-3", "gear-4", "qaq", "os+-4",
+    "turboquant-4", "turboquant-3", "turboquant-vllm-4", "turboquant-vllm-3", "saw-int4", "kvarn-4",
+    "ik_q4_0+hadamard", "exl3-4", "oscar-4", "squat-4",
     "q4_0+hadamard/q4_0+hadamard", "kivi-4/kivi-4", "kvquant-4/kvquant-4",
+    "turboquant-4/turboquant-4", "turboquant-3/turboquant-3", "turboquant-vllm-4/turboquant-vllm-4",
+    "turboquant-vllm-3/turboquant-vllm-3", "saw-int4/saw-int4", "kvarn-4/kvarn-4", "kvarn-2/kvarn-2",
+    "ik_q4_0+hadamard/ik_q4_0+hadamard", "exl3-4/exl3-4", "oscar-4/oscar-4", "squat-4/squat-4",
 )  # fmt: skip
 BASE = "f16"
 

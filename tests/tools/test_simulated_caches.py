@@ -1,7 +1,5 @@
 """Simulated caches: their arithmetic against peers and slow definitions, and what queries may know."""
 
-import functools
-
 import gguf
 import numpy as np
 import pytest
@@ -10,34 +8,9 @@ from simulated_caches import FLOATS, SCHEMES, qaq
 from simulated_caches.attention import attend
 from simulated_caches.gear import Gear
 from simulated_caches.kivi import Kivi
-from simulated_caches.microscaling import nvfp4, nvint4, random_hadamard, round_to_e2m1
-from simulated_caches.scheme import LayerTensors, hadamard, uniform
-
-N, N_HEADS, N_KV_HEADS, HEAD_DIM = 300, 6, 2, 64
-
-
-def turned(x: torch.Tensor) -> torch.Tensor:
-    """Stands for RoPE: each token's channels turn by its position, so that no two tokens are treated alike."""
-    n, head_dim = x.shape[1:]
-    came_from = (torch.arange(head_dim) - torch.arange(n)[:, None]) % head_dim
-    return x.gather(2, came_from.expand_as(x))
-
-
-@functools.cache
-def layer_of(seed: int, n: int = N, head_dim: int = HEAD_DIM) -> LayerTensors:
-    """Random tensors with a few large channels and tokens, as keys have them."""
-    random = torch.Generator().manual_seed(seed)
-    q = torch.randn(N_HEADS, n, head_dim, generator=random)
-    k, v = torch.randn(2, N_KV_HEADS, n, head_dim, generator=random)
-    k *= torch.linspace(0.2, 6, head_dim)
-    k[:, 7] *= 5
-    return LayerTensors(q, turned(k), k, v, turned, head_dim**-0.5)
-
-
-@functools.cache
-def fitted(name: str, side: str):
-    scheme = (SCHEMES | FLOATS)[name]
-    return scheme.fit(layer_of(9), side) if scheme.needs_calibration else scheme
+from simulated_caches.microscaling import nvfp4, nvint4, round_to_e2m1
+from simulated_caches.scheme import LayerTensors, hadamard, random_hadamard, uniform
+from simulated_support import HEAD_DIM, N, fitted, found, layer_of, on_grid, turned, with_window
 
 
 @pytest.mark.parametrize("name", ["q4_0", "q5_0", "q8_0"])
@@ -142,15 +115,6 @@ def test_attention_equals_its_definition(name, window, ends):
             torch.testing.assert_close(out[t, head], weights @ seen[1], atol=1e-5, rtol=1e-4)
 
 
-def found(stored, exact, head: int, t: int) -> torch.Tensor:
-    """What the query at `t` finds of tokens 0 .. t: [t + 1, head_dim]."""
-    n_decoded = t + 1 if stored.n_decoded is None else int(stored.n_decoded[t])
-    as_stored = [stored.n_sinks <= token < n_decoded for token in range(t + 1)]
-    return torch.stack(
-        [(stored.decoded if is_so else exact.half().float())[head, i] for i, is_so in enumerate(as_stored)]
-    )
-
-
 @pytest.mark.parametrize("name, tail, sink", [("q4_0", 7, 4), ("kivi-4", 200, 0), ("kivi-4", 1, 2)])
 def test_exact_ends_are_the_newest_and_the_first_tokens(name, tail, sink):
     """Would catch a tail that leaves out the query's own token, shortens the source's own window, or is not counted."""
@@ -188,12 +152,6 @@ def test_kivi_equals_its_decoding_steps(side):
             packed = torch.cat([packed, on_grid(residual.pop(0).view(2, 32), n_bits).view(1, -1)])
 
 
-def on_grid(groups: torch.Tensor, n_bits: int) -> torch.Tensor:
-    low, high = groups.amin(-1, keepdim=True).half().float(), groups.amax(-1, keepdim=True)
-    scale = ((high - low) / (2**n_bits - 1)).half().float()
-    return ((groups - low) / scale).round().clamp(0, 2**n_bits - 1) * scale + low
-
-
 def test_gear_leaves_less_error_than_its_grid_alone():
     """Would catch a low rank or outliers that are computed and not used."""
     layer = layer_of(7, n=256)
@@ -229,12 +187,6 @@ def test_errors_are_those_of_about_four_bits(name):
         x = layer.side(side)
         error = (fitted(name, side).store(layer, side).decoded - x).square().mean() / x.square().mean()
         assert error < 0.025
-
-
-def with_window(bits: float, n_stored) -> float:
-    """Mean over the later half of queries: query t finds n_stored(t) tokens at `bits`, the others in f16."""
-    found = [(n_stored(t) * bits + (t + 1 - n_stored(t)) * 16) / (t + 1) for t in range(N // 2, N)]
-    return sum(found) / len(found)
 
 
 @pytest.mark.parametrize(

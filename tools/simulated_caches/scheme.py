@@ -150,6 +150,12 @@ def hadamard(n: int) -> torch.Tensor:
     return matrix / n**0.5
 
 
+def random_hadamard(n: int) -> torch.Tensor:
+    """A Walsh-Hadamard matrix [n, n] whose rows have random signs, the same in every run; orthonormal."""
+    signs = torch.randint(0, 2, (n, 1), generator=torch.Generator().manual_seed(0)) * 2 - 1
+    return signs * hadamard(n)
+
+
 def rotated(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
     """`x` [..., head_dim], every run of len(rotation) channels multiplied by `rotation` [m, m]."""
     return (x.unflatten(-1, (-1, len(rotation))) @ rotation).flatten(-2)
