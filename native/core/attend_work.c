@@ -26,9 +26,11 @@ static void set_rows(const struct attend_job *job, size_t block, struct unit *un
     for (int section = 0; section < N_SECTIONS; section++)
         unit->slots[section] = (struct range){section_slots(job, unit->first_row, section).begin,
                                               section_slots(job, last_row, section).end};
-    if (job->exact) { /* a section that some rows see nothing of begins and ends where theirs would: not beyond exact rows */
+    if (job->exact) { /* rows that see nothing of a section have its ends elsewhere: not beyond the rows that are kept */
         unit->slots[SINKS].end = min_size(unit->slots[SINKS].end, job->exact->n_sinks);
         unit->slots[TAIL].begin = max_size(unit->slots[TAIL].begin, job->exact->begin);
+        if (job->exact->n_tail == 0)
+            unit->slots[TAIL].end = 0;
     }
 }
 
