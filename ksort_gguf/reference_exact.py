@@ -1,4 +1,4 @@
-"""Attention over a packed cache with exact rows beside it, in slow NumPy: FORMAT.md, 'Exact rows'. The oracle of tests."""
+"""Attention over a packed cache with exact rows beside it, in slow NumPy: FORMAT.md, 'Exact rows'. The oracle."""
 
 from typing import NamedTuple
 
@@ -25,7 +25,7 @@ def exact_slots(end: int, n_tail: int, n_sinks: int, begin: int) -> np.ndarray:
 def attend(
     k: np.ndarray, v: np.ndarray, q: np.ndarray, first_slot: int, scale: float, window: int, exact: ExactRows
 ) -> np.ndarray:
-    """As reference.attend, in float64, over the packed k, v and the rounded q, or the exact ones where they are read."""
+    """As reference.attend over the packed k, v and the rounded q, or the exact ones where they are read."""
     n_queries, n_heads, _ = q.shape
     group = n_heads // k.shape[1]
     out = np.empty(q.shape)

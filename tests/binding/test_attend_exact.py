@@ -219,7 +219,7 @@ def test_how_a_text_is_cut_changes_nothing(level, rng, n_queries):
 
 
 def test_slots_forgotten_and_written_anew(level, rng):
-    """Catches rows of forgotten slots: behind a truncation within the ring, and before it where the ring has gone on."""
+    """Catches rows of forgotten slots: behind a truncation within the ring, or before all that the ring has."""
     for kept in (250, 100, 3, 0):
         problem = Problem(rng, tail=(40, 4, 2), n_slots=300)
         problem.pack()
