@@ -29,6 +29,11 @@ class CacheType:
     is_bfp: bool = False  # in blocks: BFP, or SBFP, whose scale bytes are signed floats
     queries: bool = False  # whether queries may be rounded to it
 
+    @property
+    def is_small(self) -> bool:
+        """Whether its values are packed in 4 bits or less: exact rows lie beside it unless told otherwise."""
+        return self.is_bfp and self.value_bits <= 4
+
     def tile_bytes(self, head_dim: int, block_size: int) -> int:
         """Bytes of one tile: TILE_TOKENS tokens of one head, mantissas then exponents (FORMAT.md, 'Tiles')."""
         if not self.is_bfp:
@@ -60,6 +65,9 @@ K_TYPES = V_TYPES = tuple(CACHE_TYPES)
 QUERY_TYPES = tuple(t.name for t in CACHE_TYPES.values() if t.queries)
 
 DEFAULT_BLOCK_TYPE = "sbfp12"  # of the types in blocks
+EXACT_TAIL, EXACT_SINKS = 128, 4  # newest and first tokens that are kept in f16 beside small types
+MAX_EXACT_TAIL = 1 << 20
+
 DEFAULT_V_TYPE = "f16"
 DEFAULT_QUERY_TYPE = "bfp16"
 

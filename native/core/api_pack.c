@@ -28,12 +28,15 @@ ksort_status ksort_pack_prepare(const ksort_pack_args *from, struct pack_job *jo
         return KSORT_ERR_KERNELS;
     status = ksort_read_cache(args->cache, true, &job->cache, &job->layout);
     if (status == KSORT_OK)
+        status = ksort_read_exact(&job->cache, true, &job->exact);
+    if (status == KSORT_OK)
         status = ksort_check_slots(&job->cache, args->first_slot, args->n_tokens);
     if (status != KSORT_OK)
         return status;
     uint32_t n_kv_heads = job->cache.n_kv_heads, head_dim = job->layout.head_dim;
     if (!args->x || check_rows(args->n_tokens, args->x_token_stride, (size_t)n_kv_heads * head_dim) != KSORT_OK)
         return KSORT_ERR_ARGUMENT;
+    job->exact_layout = ksort_exact_layout(head_dim);
     if (args->transform)
         status = ksort_read_transform(args->transform, job->kernels, &job->layout, n_kv_heads, &job->transform);
     if (status == KSORT_OK && args->rope)
@@ -48,6 +51,8 @@ ksort_status ksort_pack_prepare(const ksort_pack_args *from, struct pack_job *jo
 static float largest_storable(const struct pack_job *job)
 {
     uint32_t type = job->layout.type;
+    if (job->args.cache->exact)
+        return F16_MAX;
     if (job->args.transform)
         return nextafterf(TRANSFORMED_LIMIT, 0.0f);
     return type == KSORT_F16 ? F16_MAX : type == KSORT_BF16 ? BF16_MAX : FLT_MAX;
@@ -147,6 +152,19 @@ static uint8_t *slot_tile(const struct pack_job *job, size_t slot, uint32_t head
     return tile_of(job->args.cache, slot / KSORT_TILE_TOKENS, head);
 }
 
+/* Stores the head y [head_dim] of the call's token, as it is before rounding, where the cache keeps exact rows of its
+ * slot. */
+static void write_exact(const struct pack_job *job, const float *y, uint32_t head, size_t token)
+{
+    const ksort_exact *exact = job->args.cache->exact;
+    size_t slot = job->args.first_slot + token, row = row_offset(&job->exact_layout, slot % KSORT_TILE_TOKENS);
+    uint32_t head_dim = job->layout.head_dim;
+    if (slot < exact->n_sinks)
+        job->kernels->store_f16(y, head_dim, (uint16_t *)(exact_sinks(exact, head) + row));
+    if (job->args.n_tokens - token <= (size_t)exact->n_tiles * KSORT_TILE_TOKENS)
+        job->kernels->store_f16(y, head_dim, (uint16_t *)(exact_tile(exact, slot / KSORT_TILE_TOKENS, head) + row));
+}
+
 /* Tokens begin .. end-1 of a head, without a transform. */
 static void write_tokens(const struct pack_job *job, uint32_t head, struct range tokens)
 {
@@ -155,6 +173,8 @@ static void write_tokens(const struct pack_job *job, uint32_t head, struct range
         float buffer[KSORT_MAX_HEAD_DIM];
         const float *y = rotated_head(job, (uint32_t)token, head, buffer);
         write_head(job, y, slot_tile(job, slot, head), slot % KSORT_TILE_TOKENS);
+        if (job->args.cache->exact)
+            write_exact(job, y, head, token);
     }
 }
 
@@ -172,6 +192,10 @@ static void write_transformed_tokens(const struct pack_job *job, uint32_t head, 
             const float *y = rotated_head(job, (uint32_t)first + i, head, heads[i]);
             if (y != heads[i])
                 memcpy(heads[i], y, layout->head_dim * sizeof *y);
+            if (job->args.cache->exact) {
+                _Alignas(64) float buffer[KSORT_MAX_HEAD_DIM];
+                write_exact(job, transformed_head(job, heads[i], head, buffer), head, first + i);
+            }
         }
         job->kernels->encode_transformed(&transform, layout, n_tokens, heads, encoded);
         for (uint32_t i = 0; i < n_tokens; i++) {

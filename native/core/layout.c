@@ -59,6 +59,13 @@ ksort_status ksort_layout_of(const ksort_format *format, struct head_layout *lay
     return KSORT_OK;
 }
 
+struct head_layout ksort_exact_layout(uint32_t head_dim)
+{
+    struct head_layout layout = {.type = KSORT_F16, .head_dim = head_dim};
+    set_float(&layout, 2);
+    return layout;
+}
+
 /* Four low bits of each byte of two quads, side by side. */
 static uint32_t nibbles(uint32_t low, uint32_t high)
 {

@@ -9,7 +9,7 @@
 
 /* Packs n_slots random tokens in two calls and reads them back: finite, and off by at most one rounding step (where no
  * transform moves them further). */
-static void pack_all(rng *r, const problem *p, const ksort_cache *cache, const ksort_rope *rope,
+static void pack_all(rng *r, const problem *p, const ksort_cache *cache, ksort_exact *exact, const ksort_rope *rope,
                      const ksort_transform *transform) {
     size_t row = (size_t)p->n_kv_heads * p->head_dim, stride = row + rng_between(r, 0, 3);
     uint32_t n = (uint32_t)p->n_slots, first_half = rng_between(r, 0, n - 1);
@@ -22,6 +22,7 @@ static void pack_all(rng *r, const problem *p, const ksort_cache *cache, const k
         at_start.sin += (size_t)start * at_start.n_frequencies;
         ksort_pack_args args = {sizeof args, cache, x.data, stride, start, end - start, rope ? &at_start : NULL,
                                 transform};
+        if (cache->exact) keep_begin(exact, start, end - start);
         for (uint32_t ith = 0; ith < p->nth; ith++) CHECK_OK(ksort_pack(&args, ith, p->nth));
         guarded back = guarded_new((end - start) * row * sizeof(float), p->at_end);
         CHECK_OK(ksort_unpack(cache, start, end - start, back.data));
@@ -123,9 +124,17 @@ int main(int argc, char **argv) {
         const ksort_transform *v_transform = v.format.type >= KSORT_BFP16 ? &transform.transform : NULL;
         if (rng_next(&r) >> 63) k_transform = NULL;
         if (rng_next(&r) >> 63) v_transform = NULL;
-        pack_all(&r, &p, &k, &rope.rope, k_transform);
-        pack_all(&r, &p, &v, NULL, v_transform);
+        ksort_exact k_exact = random_exact(&r, &p), v_exact = k_exact;
+        guarded k_rows = {0}, v_rows = {0};
+        if (k.format.type >= KSORT_BFP16 && rng_next(&r) >> 63) k_rows = add_exact(&k, &k_exact, &p);
+        if (v.format.type >= KSORT_BFP16 && rng_next(&r) >> 63) v_rows = add_exact(&v, &v_exact, &p);
+        uint64_t state = r.state; /* both are cut at the same slot: begin is equal */
+        pack_all(&r, &p, &k, &k_exact, &rope.rope, k_transform);
+        r.state = state;
+        pack_all(&r, &p, &v, &v_exact, NULL, v_transform);
         attend(&r, &p, &k, &v, &rope.rope, k_transform, v_transform);
+        if (k.exact) guarded_free(k_rows);
+        if (v.exact) guarded_free(v_rows);
         free_transform(transform);
         free_rope(rope);
         guarded_free(v_memory);

@@ -54,7 +54,9 @@ def test_a_plan_row_equals_the_runner_with_that_plan_file(folder, rng):
     path, plan_file = folder / "stock.gguf", folder / "sorted.gguf"
     tokens = rng.integers(0, 300, 64).tolist()
     loaded = load_model(path, plan_file, n_threads=1)
-    expected = loaded.backend.start(loaded.cache_options("bfp12", block_size=16), 64).forward(tokens, n_logits=64)
+    expected = loaded.backend.start(
+        loaded.cache_options("bfp12", block_size=16, exact_tail=0, exact_sinks=0), 64
+    ).forward(tokens, n_logits=64)
     variants = ModelVariants(path, [str(plan_file)], 1)
     runner = Runner(variants, 64)
     plain, _ = runner.prepare(parse_row("bfp12-16", variants.plans))
