@@ -17,13 +17,15 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from model_variants import ModelVariants, parse_made_plan
 from simulated_caches import FLOATS, SCHEMES
 from simulated_caches.attention import SimulatedAttention
-from simulated_caches.scheme import LayerTensors, Scheme, Side
+from simulated_caches.scheme import EXACT_BITS, LayerTensors, Scheme, Side
 
 from ksort_gguf.cache.cpu import ContextCache
+from ksort_gguf.cache.exact import exact_rows
 from ksort_gguf.cache.protocol import CacheOptions
 from ksort_gguf.engine.calibration import calibration_windows, default_text
 from ksort_gguf.engine.tokenizer.tokenizer import Tokenizer
@@ -130,11 +132,14 @@ class Runner:
 
     def _options(self, row: Row) -> CacheOptions:
         """The packed cache that a row of our own types asks for."""
-        if row.tail or row.sink:
-            raise KsortError(f"--types {row.spelling}: packed caches keep no exact tail or sinks: leave it out")
         (k_type, k_block), (v_type, v_block) = _split_block_size(row.k), _split_block_size(row.v)
         block_size = k_block or v_block or default_block_size(self._variants.spec.min_head_dim)
-        return CacheOptions(k_type, v_type, block_size, DEFAULT_QUERY_TYPE if CACHE_TYPES[k_type].is_bfp else "f32")
+        query_type = DEFAULT_QUERY_TYPE if CACHE_TYPES[k_type].is_bfp else "f32"
+        try:
+            exact = exact_rows(k_type, v_type, row.tail or 0, row.sink or 0)
+        except KsortError as error:
+            raise KsortError(f"--types {row.spelling}: {error}") from None
+        return CacheOptions(k_type, v_type, block_size, query_type, *exact)
 
     def _packed(self, row: Row) -> tuple[Forward, Bits]:
         options = self._options(row)
@@ -142,7 +147,12 @@ class Runner:
 
         def mean_bits(name: str) -> float:
             attentions = self._variants.spec.attentions
-            return _mean([CACHE_TYPES[name].bits_per_value(a.head_dim, options.block_size) for a in attentions])
+            packed = _mean([CACHE_TYPES[name].bits_per_value(a.head_dim, options.block_size) for a in attentions])
+            if not options.has_exact(name):
+                return packed
+            n_seen = np.arange(self._n_ctx // 2, self._n_ctx) + 1  # by the queries that are scored
+            exact_share = np.minimum(options.exact_tail + options.exact_sinks, n_seen) / n_seen
+            return packed + EXACT_BITS * float(exact_share.mean())  # which are stored twice
 
         return forward_of(context), lambda: (mean_bits(options.k_type), mean_bits(options.v_type))
 
