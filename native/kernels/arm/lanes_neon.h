@@ -21,13 +21,19 @@ ALWAYS_INLINE lanes lanes_round(lanes x)
     return vrndnq_f32(x);
 }
 
-/* The number, where one is NaN. */
 /* a * b + c, rounded once. */
 ALWAYS_INLINE lanes lanes_multiply_add(lanes a, lanes b, lanes c)
 {
     return vfmaq_f32(c, a, b);
 }
 
+/* c - a * b, rounded once. */
+ALWAYS_INLINE lanes lanes_minus_product(lanes c, lanes a, lanes b)
+{
+    return vfmsq_f32(c, a, b);
+}
+
+/* The number, where one is NaN. */
 ALWAYS_INLINE lanes lanes_min(lanes a, lanes b)
 {
     return vminnmq_f32(a, b);
@@ -125,7 +131,7 @@ ALWAYS_INLINE lanes look_up(const float *table, uint32_t n, const uint16_t *indi
 }
 
 /* out[c] lane r = rows[r] lane c. Pairs of rows, then their halves. */
-ALWAYS_INLINE void transpose_registers(const lanes rows[LANES], lanes out[LANES])
+ALWAYS_INLINE void transpose_lanes(const lanes rows[LANES], lanes out[LANES])
 {
     float64x2_t even[2], odd[2];
     for (int pair = 0; pair < 2; pair++) {
@@ -136,14 +142,6 @@ ALWAYS_INLINE void transpose_registers(const lanes rows[LANES], lanes out[LANES]
     out[1] = vreinterpretq_f32_f64(vtrn1q_f64(odd[0], odd[1]));
     out[2] = vreinterpretq_f32_f64(vtrn2q_f64(even[0], even[1]));
     out[3] = vreinterpretq_f32_f64(vtrn2q_f64(odd[0], odd[1]));
-}
-
-/* Columns of 4 rows that lie row_stride floats apart: out[c] lane r = rows[r][c]. */
-ALWAYS_INLINE void transpose_lanes(const float *rows, size_t row_stride, lanes out[LANES])
-{
-    const lanes in[LANES] = {vld1q_f32(rows), vld1q_f32(rows + row_stride), vld1q_f32(rows + 2 * row_stride),
-                             vld1q_f32(rows + 3 * row_stride)};
-    transpose_registers(in, out);
 }
 
 /* sum + values[0] * x[0] + ... + values[3] * x[3], multiply-adds by element. */
