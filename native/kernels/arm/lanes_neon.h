@@ -54,6 +54,14 @@ ALWAYS_INLINE lanes_int lanes_to_int(lanes x)
     return (lanes_int)vcvtnq_s32_f32(x);
 }
 
+/* Four channels' mantissas as the bytes of 4 tokens' quads. */
+ALWAYS_INLINE lanes_int lanes_quad(lanes a, lanes b, lanes c, lanes d)
+{
+    int32x4_t quad = vsliq_n_s32(vcvtnq_s32_f32(a), vcvtnq_s32_f32(b), 8);
+    quad = vsliq_n_s32(quad, vcvtnq_s32_f32(c), 16);
+    return (lanes_int)vsliq_n_s32(quad, vcvtnq_s32_f32(d), 24);
+}
+
 /* Lane i in all lanes: a table lookup of its four bytes, as an index that is no constant would go through memory. */
 ALWAYS_INLINE lanes lanes_broadcast(lanes x, uint32_t i)
 {

@@ -38,7 +38,7 @@ ALWAYS_INLINE void butterflies(lanes *y, size_t stride, const uint32_t radix, fl
             if (!(i & apart)) {
                 lanes a = rows[i], b = rows[i + apart];
                 rows[i] = a + b;
-                rows[i + apart] = a - b;
+                rows[i + apart] = lanes_minus_product(a, b, lanes_set(1.0f)); /* a - b: some cores add and multiply apart */
             }
 #pragma GCC unroll 8
     for (uint32_t i = 0; i < radix; i++)
@@ -103,14 +103,34 @@ ALWAYS_INLINE void load_heads(const struct head_transform *transform, uint32_t h
     }
 }
 
-ALWAYS_INLINE lanes sum_lanes_in_halves(lanes sums[16])
+/* Partial sum `residue` of a block's squared errors, for two steps. */
+ALWAYS_INLINE void add_partial(const lanes *y, uint32_t n, uint32_t residue, const struct lanes_step *steps, lanes *sums,
+                               const uint32_t R, const bool is_scaled)
 {
-#pragma GCC unroll 4
-    for (uint32_t half = 8; half > 0; half /= 2)
-#pragma GCC unroll 8
-        for (uint32_t i = 0; i < half; i++)
-            sums[i] += sums[i + half];
-    return sums[0];
+    lanes first = lanes_set(0.0f), second = lanes_set(0.0f);
+#pragma GCC unroll 2
+    for (uint32_t c = residue; c < n; c += 16) {
+        first = lanes_add_square(first, y[c * R], &steps[0], is_scaled);
+        second = lanes_add_square(second, y[c * R], &steps[1], is_scaled);
+    }
+    sums[0] += first;
+    sums[1] += second;
+}
+
+/* The squared errors of a block, y [n] R apart, for two steps. */
+ALWAYS_INLINE void squared_errors(const lanes *y, uint32_t n, const struct lanes_step steps[2], lanes errors[2],
+                                  const uint32_t R, const bool is_scaled)
+{
+    lanes sums[8][2];
+    for (uint32_t i = 0; i < 8; i++) {
+        sums[i][0] = sums[i][1] = lanes_set(-0.0f); /* which adds nothing to any sum */
+        add_partial(y, n, i, steps, sums[i], R, is_scaled);
+        add_partial(y, n, i + 8, steps, sums[i], R, is_scaled);
+    }
+#pragma GCC unroll 2
+    for (uint32_t k = 0; k < 2; k++)
+        errors[k] = ((sums[0][k] + sums[4][k]) + (sums[2][k] + sums[6][k])) +
+                    ((sums[1][k] + sums[5][k]) + (sums[3][k] + sums[7][k]));
 }
 
 /* A block of n channels of one register of tokens, y [n] R apart, from its largest values: its scale bytes and steps. */
@@ -119,29 +139,22 @@ ALWAYS_INLINE lanes_int choose_step(const lanes *y, uint32_t n, lanes largest, i
 {
     lanes_int code = lanes_larger_code(largest, mantissa_bits, is_scaled);
     lanes_int has_smaller = lanes_code_magnitude(code, is_scaled) > 1; /* a true comparison is -1 */
-    struct lanes_step larger = lanes_step_of(code, mantissa_bits, is_scaled);
-    struct lanes_step smaller = lanes_step_of(code + has_smaller, mantissa_bits, is_scaled);
-    lanes sums[16], sums_of_smaller[16];
-    for (uint32_t residue = 0; residue < 16; residue++) { /* n is at least 2, and all sums begin at 0 */
-        sums[residue] = sums_of_smaller[residue] = lanes_set(0.0f);
-        for (uint32_t c = residue; c < n; c += 16) {
-            sums[residue] = lanes_add_square(sums[residue], y[c * R], &larger, is_scaled);
-            sums_of_smaller[residue] = lanes_add_square(sums_of_smaller[residue], y[c * R], &smaller, is_scaled);
-        }
-    }
-    lanes error = sum_lanes_in_halves(sums), error_of_smaller = sum_lanes_in_halves(sums_of_smaller);
-    lanes_int is_smaller = has_smaller & (is_scaled ? error_of_smaller * (smaller.step * smaller.step) <
-                                                          error * (larger.step * larger.step)
-                                                    : error_of_smaller < 4.0f * error);
-    *chosen = larger; /* which has the same low and high, and `second` */
-    code += is_smaller;
-    if (is_scaled) {
-        chosen->step = lanes_either(is_smaller, smaller.step, larger.step);
-        chosen->first = lanes_either(is_smaller, smaller.first, larger.first);
-    } else {
-        *chosen = lanes_step_of(code, mantissa_bits, false);
-    }
-    return code;
+    struct lanes_step steps[2] = {lanes_step_of(code, mantissa_bits, is_scaled),
+                                  lanes_step_of(code + has_smaller, mantissa_bits, is_scaled)};
+    lanes errors[2];
+    if (n == 32)
+        squared_errors(y, 32, steps, errors, R, is_scaled);
+    else
+        squared_errors(y, n, steps, errors, R, is_scaled);
+    lanes weights[2] = {lanes_set(4.0f), lanes_set(1.0f)};
+    if (is_scaled)
+        weights[0] = steps[0].step * steps[0].step, weights[1] = steps[1].step * steps[1].step;
+    lanes_int is_smaller = has_smaller & (errors[1] * weights[1] < errors[0] * weights[0]);
+    *chosen = steps[0]; /* low and high are the same */
+    chosen->first = lanes_either(is_smaller, steps[1].first, steps[0].first);
+    chosen->second = lanes_either(is_smaller, steps[1].second, steps[0].second);
+    chosen->step = lanes_either(is_smaller, steps[1].step, steps[0].step);
+    return code + is_smaller;
 }
 
 /* Block b of y [head_dim][R] from `rotated`, permuted; codes [R LANES], steps [R]. */
@@ -183,15 +196,13 @@ ALWAYS_INLINE void round_panel(lanes *y, uint32_t (*quads)[GROUP_TOKENS], const 
             for (uint32_t r = 0; r < R; r++)
                 panel[i * R + r] = lanes_minus_product(panel[i * R + r], y[c * R + r], lanes_set(row[i]));
     }
+    lanes mantissas[8 * MAX_REGISTERS];
 #pragma GCC unroll 8
-    for (uint32_t i = 0; i < P; i++) {
-        uint32_t in_quad = P == 2 ? first % 4 + i : i % 4;
+    for (uint32_t i = 0; i < P; i++)
 #pragma GCC unroll 3
         for (uint32_t r = 0; r < R; r++) {
             lanes x = panel[i * R + r], mantissa = lanes_mantissa(lanes_units(x, &steps[r], is_scaled), &steps[r]);
-            lanes_int byte = (lanes_to_int(mantissa) & 0xFF) << (8 * in_quad);
-            lanes_int *quad = (lanes_int *)&quads[(first + i) / 4][r * LANES];
-            *quad = in_quad ? *quad | byte : byte;
+            mantissas[i * R + r] = mantissa;
             if (!feedback)
                 continue;
             const float *row = feedback + (size_t)(first + i) * head_dim + first;
@@ -201,6 +212,17 @@ ALWAYS_INLINE void round_panel(lanes *y, uint32_t (*quads)[GROUP_TOKENS], const 
             for (uint32_t j = i + 1; j < P; j++)
                 panel[j * R + r] = lanes_minus_product(panel[j * R + r], error, lanes_set(row[j]));
         }
+#pragma GCC unroll 3
+    for (uint32_t r = 0; r < R; r++) {
+        lanes_int *quad = (lanes_int *)&quads[first / 4][r * LANES];
+        if (P == 2) { /* half a quad, the upper one where first is no multiple of 4 */
+            lanes_int half = lanes_quad(mantissas[r], mantissas[R + r], lanes_set(0.0f), lanes_set(0.0f));
+            *quad = first % 4 ? *quad | half << 16 : half;
+        }
+#pragma GCC unroll 2
+        for (uint32_t i = 0; i + 4 <= P; i += 4, quad += GROUP_TOKENS / LANES)
+            *quad = lanes_quad(mantissas[i * R + r], mantissas[(i + 1) * R + r], mantissas[(i + 2) * R + r],
+                               mantissas[(i + 3) * R + r]);
     }
 }
 
