@@ -151,9 +151,9 @@ ALWAYS_INLINE void encode_heads_of(const struct head_transform *transform, const
     uint32_t token = 0;
     for (uint32_t n; n_tokens - token >= FEWEST_GROUPED; token += n) {
         const float *rest = heads + token * stride;
-        n = (uint32_t)min_size(3 * LANES, n_tokens - token);
+        n = (uint32_t)min_size(MAX_REGISTERS * LANES, n_tokens - token);
         if (n > LANES)
-            encode_group(transform, layout, n, rest, stride, token, encoded, 4, 3, is_scaled);
+            encode_group(transform, layout, n, rest, stride, token, encoded, 4, MAX_REGISTERS, is_scaled);
         else
             encode_group(transform, layout, n, rest, stride, token, encoded, 8, 1, is_scaled);
     }

@@ -23,55 +23,63 @@
 #include "template/encode_step.h"
 
 #define MAX_REGISTERS 3 /* of tokens: R */
+#define MAX_PANEL 12    /* registers: P * R */
 
-/* Strides `stride`, 2 stride, .. of `radix` rows that lie `stride` apart, times `factor`. */
-ALWAYS_INLINE void butterflies(lanes *y, size_t stride, const uint32_t radix, float factor)
+/* Strides 1, 2, .. of `radix` registers. Subtracting as a fused product keeps adders and multipliers of some cores busy. */
+ALWAYS_INLINE void butterflies(lanes *rows, const uint32_t radix)
 {
-    lanes rows[8];
-#pragma GCC unroll 8
-    for (uint32_t i = 0; i < radix; i++)
-        rows[i] = y[i * stride];
-#pragma GCC unroll 3
+#pragma GCC unroll 4
     for (uint32_t apart = 1; apart < radix; apart *= 2)
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (uint32_t i = 0; i < radix; i++)
             if (!(i & apart)) {
                 lanes a = rows[i], b = rows[i + apart];
                 rows[i] = a + b;
-                rows[i + apart] = lanes_minus_product(a, b, lanes_set(1.0f)); /* a - b: some cores add and multiply apart */
+                rows[i + apart] = lanes_minus_product(a, b, lanes_set(1.0f));
             }
-#pragma GCC unroll 8
-    for (uint32_t i = 0; i < radix; i++)
-        y[i * stride] = rows[i] * factor;
 }
 
-/* factor is 1 but for the last pass. */
+/* Strides `stride`, 2 stride, .. of y [n], times `factor`. */
 ALWAYS_INLINE void pass_of_butterflies(lanes *y, size_t n, size_t stride, const uint32_t radix, float factor)
 {
     for (size_t begin = 0; begin < n; begin += radix * stride)
-        for (size_t i = begin; i < begin + stride; i++)
-            butterflies(y + i, stride, radix, factor);
+        for (size_t i = begin; i < begin + stride; i++) {
+            lanes rows[8];
+#pragma GCC unroll 8
+            for (uint32_t k = 0; k < radix; k++)
+                rows[k] = y[i + k * stride];
+            butterflies(rows, radix);
+#pragma GCC unroll 8
+            for (uint32_t k = 0; k < radix; k++)
+                y[i + k * stride] = rows[k] * factor;
+        }
 }
 
-/* y [head_dim][R] */
+/* What load_heads left to do: strides from LANES on where the segment has them, all strides of shorter ones.
+ * y [head_dim][R] */
 static void rotate_lanes(lanes *y, uint32_t head_dim, const uint32_t R)
 {
     for (uint32_t begin = 0, n; begin < head_dim; begin += n, y += (size_t)n * R) {
         n = largest_power_of_two(head_dim - begin);
-        size_t rows = (size_t)n * R, stride = R;
         float factor = rotation_factor(n);
-        for (; 8 * stride < rows; stride *= 8)
-            pass_of_butterflies(y, rows, stride, 8, 1.0f);
-        if (8 * stride == rows)
-            pass_of_butterflies(y, rows, stride, 8, factor);
-        else if (4 * stride == rows)
-            pass_of_butterflies(y, rows, stride, 4, factor);
-        else if (2 * stride == rows)
-            pass_of_butterflies(y, rows, stride, 2, factor);
+        for (uint32_t stride = n < LANES ? 1 : LANES, radix;; stride *= radix) {
+            uint32_t rest = n / stride; /* to go: 16 is 4 * 4, other numbers begin with 8 */
+            radix = rest == 16 ? 4 : (uint32_t)min_size(rest, 8);
+            float factor_now = radix == rest ? factor : 1.0f;
+            switch (radix) {
+            case 8: pass_of_butterflies(y, (size_t)n * R, (size_t)stride * R, 8, factor_now); break;
+            case 4: pass_of_butterflies(y, (size_t)n * R, (size_t)stride * R, 4, factor_now); break;
+            case 2: pass_of_butterflies(y, (size_t)n * R, (size_t)stride * R, 2, factor_now); break;
+            default: pass_of_butterflies(y, (size_t)n * R, (size_t)stride * R, 1, factor_now);
+            }
+            if (radix == rest)
+                break;
+        }
     }
 }
 
-/* Channels c .. c + LANES - 1, n of them inside the head, of LANES tokens: y [LANES][R]. */
+/* Channels c .. c + LANES - 1, n of them inside the head, of LANES tokens: y [LANES][R]. Where all are inside, a segment
+ * of rotating holds them, whose first strides they run through here. */
 ALWAYS_INLINE void load_channels(const struct head_transform *transform, const float *const tokens[LANES], uint32_t c,
                                  const uint32_t n, lanes *y, const uint32_t R)
 {
@@ -82,12 +90,15 @@ ALWAYS_INLINE void load_channels(const struct head_transform *transform, const f
     for (uint32_t i = 0; i < LANES; i++)
         rows[i] = (load_below(tokens[i] + c, n, 0) - shift) * scale;
     transpose_lanes(rows, columns);
+    if (n == LANES && transform->rotate)
+        butterflies(columns, LANES);
 #pragma GCC unroll 16
     for (uint32_t i = 0; i < LANES; i++)
         y[i * R] = columns[i];
 }
 
-/* heads [n_tokens][head_dim], `stride` floats apart, shifted and scaled: y [head_dim][R]. Missing tokens repeat the last. */
+/* heads [n_tokens][head_dim], `stride` floats apart, shifted, scaled and rotated: y [head_dim][R]. Missing tokens repeat
+ * the last one. */
 ALWAYS_INLINE void load_heads(const struct head_transform *transform, uint32_t head_dim, uint32_t n_tokens,
                               const float *heads, size_t stride, lanes *y, const uint32_t R)
 {
@@ -101,6 +112,8 @@ ALWAYS_INLINE void load_heads(const struct head_transform *transform, uint32_t h
         if (c < head_dim)
             load_channels(transform, tokens, c, head_dim - c, y + c * R + r, R);
     }
+    if (transform->rotate)
+        rotate_lanes(y, head_dim, R);
 }
 
 /* Partial sum `residue` of a block's squared errors, for two steps. */
@@ -179,50 +192,53 @@ ALWAYS_INLINE void choose_steps(const struct head_layout *layout, const uint16_t
     }
 }
 
-/* Channels first .. first + P - 1 of one block; feedback, or NULL, is the head's matrix. Errors replace y. */
-ALWAYS_INLINE void round_panel(lanes *y, uint32_t (*quads)[GROUP_TOKENS], const float *feedback, uint32_t head_dim,
-                               uint32_t first, const struct lanes_step *steps, const uint32_t P, const uint32_t R,
+/* Channels first .. first + P - 1, of one block. feedback, or NULL, is the head's matrix; errors replace y.
+ * mantissas [P][R] */
+ALWAYS_INLINE void round_panel(lanes *y, const float *feedback, uint32_t head_dim, uint32_t first,
+                               const struct lanes_step *steps, lanes *mantissas, const uint32_t P, const uint32_t R,
                                const bool is_scaled)
 {
-    lanes panel[8 * MAX_REGISTERS];
-#pragma GCC unroll 24
+    lanes panel[MAX_PANEL];
+#pragma GCC unroll 12
     for (uint32_t i = 0; i < P * R; i++)
         panel[i] = y[first * R + i];
-    for (uint32_t c = 0; feedback && c < first; c++) {
-        const float *row = feedback + (size_t)c * head_dim + first;
+    const float *row = feedback ? feedback + first : NULL;
+    for (uint32_t c = 0; feedback && c < first; c++, row += head_dim)
 #pragma GCC unroll 8
         for (uint32_t i = 0; i < P; i++)
 #pragma GCC unroll 3
             for (uint32_t r = 0; r < R; r++)
                 panel[i * R + r] = lanes_minus_product(panel[i * R + r], y[c * R + r], lanes_set(row[i]));
-    }
-    lanes mantissas[8 * MAX_REGISTERS];
+    y += first * R;
 #pragma GCC unroll 8
     for (uint32_t i = 0; i < P; i++)
 #pragma GCC unroll 3
         for (uint32_t r = 0; r < R; r++) {
-            lanes x = panel[i * R + r], mantissa = lanes_mantissa(lanes_units(x, &steps[r], is_scaled), &steps[r]);
-            mantissas[i * R + r] = mantissa;
-            if (!feedback)
-                continue;
-            const float *row = feedback + (size_t)(first + i) * head_dim + first;
-            lanes error = lanes_minus_product(x, mantissa, steps[r].step);
-            y[(first + i) * R + r] = error;
+            lanes x = panel[i * R + r];
 #pragma GCC unroll 8
-            for (uint32_t j = i + 1; j < P; j++)
-                panel[j * R + r] = lanes_minus_product(panel[j * R + r], error, lanes_set(row[j]));
+            for (uint32_t c = 0; feedback && c < i; c++) /* only the last of them waits for the channel before */
+                x = lanes_minus_product(x, y[c * R + r], lanes_set(row[c * head_dim + i]));
+            lanes mantissa = lanes_mantissa(lanes_units(x, &steps[r], is_scaled), &steps[r]);
+            mantissas[i * R + r] = mantissa;
+            y[i * R + r] = lanes_minus_product(x, mantissa, steps[r].step);
         }
+}
+
+/* mantissas [P][R] of channels from `first` on, to quads [][tokens]. */
+ALWAYS_INLINE void store_quads(const lanes *mantissas, uint32_t first, uint32_t (*quads)[GROUP_TOKENS],
+                               const uint32_t P, const uint32_t R)
+{
 #pragma GCC unroll 3
     for (uint32_t r = 0; r < R; r++) {
         lanes_int *quad = (lanes_int *)&quads[first / 4][r * LANES];
+        const lanes *m = mantissas + r;
         if (P == 2) { /* half a quad, the upper one where first is no multiple of 4 */
-            lanes_int half = lanes_quad(mantissas[r], mantissas[R + r], lanes_set(0.0f), lanes_set(0.0f));
+            lanes_int half = lanes_quad(m[0], m[R], lanes_set(0.0f), lanes_set(0.0f));
             *quad = first % 4 ? *quad | half << 16 : half;
         }
 #pragma GCC unroll 2
         for (uint32_t i = 0; i + 4 <= P; i += 4, quad += GROUP_TOKENS / LANES)
-            *quad = lanes_quad(mantissas[i * R + r], mantissas[(i + 1) * R + r], mantissas[(i + 2) * R + r],
-                               mantissas[(i + 3) * R + r]);
+            *quad = lanes_quad(m[i * R], m[(i + 1) * R], m[(i + 2) * R], m[(i + 3) * R]);
     }
 }
 
@@ -233,22 +249,24 @@ ALWAYS_INLINE void encode_group(const struct head_transform *transform, const st
                                 const bool is_scaled)
 {
     uint32_t head_dim = layout->head_dim;
-    lanes rotated[KSORT_MAX_HEAD_DIM * MAX_REGISTERS], y[KSORT_MAX_HEAD_DIM * MAX_REGISTERS];
-    uint32_t (*quads)[GROUP_TOKENS] = (uint32_t (*)[GROUP_TOKENS]) & encoded->quads[0][first_token];
-    struct lanes_step steps[MAX_BLOCKS * MAX_REGISTERS];
+    lanes rotated[KSORT_MAX_HEAD_DIM * MAX_REGISTERS], y[KSORT_MAX_HEAD_DIM * MAX_REGISTERS], mantissas[MAX_PANEL];
+    struct lanes_step steps[MAX_BLOCKS][MAX_REGISTERS];
+    uint32_t(*quads)[GROUP_TOKENS] = (uint32_t(*)[GROUP_TOKENS]) & encoded->quads[0][first_token];
     load_heads(transform, head_dim, n_tokens, heads, stride, rotated, R);
-    if (transform->rotate)
-        rotate_lanes(rotated, head_dim, R);
     for (uint32_t b = 0; b < layout->n_blocks; b++)
-        choose_steps(layout, transform->permutation, rotated, b, y, &encoded->exponents[b][first_token], steps + b * R,
-                     R, is_scaled);
+        choose_steps(layout, transform->permutation, rotated, b, y, &encoded->exponents[b][first_token], steps[b], R,
+                     is_scaled);
     uint32_t first = 0;
-    for (; first + P <= head_dim; first += P)
-        round_panel(y, quads, transform->feedback, head_dim, first, steps + first / layout->block_size * R, P, R,
+    for (; first + P <= head_dim; first += P) {
+        round_panel(y, transform->feedback, head_dim, first, steps[first / layout->block_size], mantissas, P, R,
                     is_scaled);
-    for (; first < head_dim; first += 2)
-        round_panel(y, quads, transform->feedback, head_dim, first, steps + first / layout->block_size * R, 2, R,
+        store_quads(mantissas, first, quads, P, R);
+    }
+    for (; first < head_dim; first += 2) {
+        round_panel(y, transform->feedback, head_dim, first, steps[first / layout->block_size], mantissas, 2, R,
                     is_scaled);
+        store_quads(mantissas, first, quads, 2, R);
+    }
 }
 
 #endif /* KSORT_ENCODE_TOKENS_H */
