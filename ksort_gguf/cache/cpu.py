@@ -116,6 +116,7 @@ class CpuAttention:
         ]
         self._cache = cache
         self._exact = [[heads.exact for heads in sides if heads.exact] for sides in zip(cache.k, cache.v, strict=True)]
+        self._has_exact = any(self._exact)
         self._rope_tables = list(dict.fromkeys(plan.rope_table for plan in layers))
         self._table_of = [self._rope_tables.index(plan.rope_table) for plan in layers]
 
@@ -128,20 +129,26 @@ class CpuAttention:
         self._first_slot = first = n_slots - n_tokens
         self._rows = [table.rows(first, n_tokens) for table in self._rope_tables]
         self._parts: list[tuple[int, int, int]] = []  # in which the step is done, as cache.exact.steps has them
-        if any(self._exact):
+        if self._has_exact:
             self._parts = steps(first, n_tokens, self._cache.exact_begin, self._cache.n_ring_tiles)
             self._cache.exact_begin = self._parts[-1][2]
+            for layer in range(len(self.steps)):
+                self._set_begin(layer, self._parts[0][2])
 
     def run(self, layer: int, qkv: FloatRows, out: FloatRows) -> None:
         """See Attention. Raises KsortError for NaN, infinity, and values beyond the cache type's range."""
-        (first, cos, sin), exact = self.place(layer), self._exact[layer]
-        whole = qkv, cos, sin, out
-        for start, stop, begin in self._parts if exact else [(0, qkv.n_rows, 0)]:
-            for beside in exact:
-                beside.begin = begin
-            is_whole = stop - start == qkv.n_rows
-            x, its_cos, its_sin, its_out = whole if is_whole else [rows.rows(start, stop) for rows in whole]
+        if len(self._parts) < 2:
+            self.steps[layer].run(qkv, *self.place(layer), out)
+            return
+        first, cos, sin = self.place(layer)
+        for start, stop, begin in self._parts:
+            self._set_begin(layer, begin)
+            x, its_cos, its_sin, its_out = (rows.rows(start, stop) for rows in (qkv, cos, sin, out))
             self.steps[layer].run(x, first + start, its_cos, its_sin, its_out)
+
+    def _set_begin(self, layer: int, begin: int) -> None:
+        for exact in self._exact[layer]:
+            exact.begin = begin
 
     def place(self, layer: int) -> tuple[int, FloatRows, FloatRows]:
         """Where the step's tokens stand: the first one's slot, and their cos and sin in the layer's rope table."""

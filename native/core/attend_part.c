@@ -86,17 +86,28 @@ static void attend_tile(const struct attend_job *job, const struct unit *unit, c
                partial->accumulators, job->stride);
 }
 
+/* Asks for the exact rows of the visit that a unit begins with: no visit before it asks, and they are few. */
+static void prefetch_sinks(const struct attend_job *job, const struct unit *unit, const struct visit *visit)
+{
+    const ksort_cache *caches[2] = {job->args.k, job->args.v};
+    size_t n_bytes = visit->section == SINKS ? row_offset(&job->exact_layout, visit->end) : 0;
+    for (int i = 0; i < 2 && n_bytes; i++)
+        for (size_t at = 0; caches[i]->exact && at < n_bytes; at += CACHE_LINE)
+            PREFETCH_NEXT(visited_tile(caches[i], unit->kv_head, visit) + at);
+}
+
 /* Runs the unit's visits at places line.begin .. line.end-1 of the line. */
 static ksort_status attend_tiles(const struct attend_job *job, const struct unit *unit, struct range line,
                                  struct attend_scratch *scratch, struct partial *partial)
 {
+    struct visit visit = ksort_visit_at(unit, line.begin);
+    prefetch_sinks(job, unit, &visit);
     ksort_status status = ksort_prepare_queries(job, unit, &scratch->queries);
     if (status != KSORT_OK)
         return status;
     for (uint32_t row = 0; row < unit->n_rows; row++)
         partial->states[row] = softmax_init();
     memset(partial->accumulators, 0, unit->n_rows * job->stride * sizeof(float));
-    struct visit visit = ksort_visit_at(unit, line.begin);
     for (size_t at = line.begin; at < line.end; at++) {
         struct visit next = at + 1 < unit->line.end ? ksort_visit_at(unit, at + 1) : visit;
         attend_tile(job, unit, &visit, &next, scratch, partial);
