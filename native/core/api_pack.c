@@ -11,6 +11,7 @@
 #include "check.h"
 #include "half.h"
 #include "pack.h"
+#include "rounding.h"
 #include "transform.h"
 
 /* Transformed heads lie below it: no sum or error of the encoder comes near float32's largest. */
@@ -48,6 +49,8 @@ ksort_status ksort_pack_prepare(const ksort_pack_args *from, struct pack_job *jo
 static float largest_storable(const struct pack_job *job)
 {
     uint32_t type = job->layout.type;
+    if (job->layout.is_scaled)
+        return (float)((1 << (job->layout.mantissa_bits - 1)) - 1) * SCALE_MAX;
     if (job->args.transform)
         return nextafterf(TRANSFORMED_LIMIT, 0.0f);
     return type == KSORT_F16 ? F16_MAX : type == KSORT_BF16 ? BF16_MAX : FLT_MAX;
@@ -128,8 +131,9 @@ static void write_head(const struct pack_job *job, const float *y, uint8_t *tile
     const struct head_layout *layout = &job->layout;
     if (is_bfp(layout->type)) {
         struct encoded_head encoded = {.mantissas = {.quads = {0}}}; /* padding channels stay 0 */
-        job->kernels->round_bfp(y, layout->head_dim, layout->block_size, layout->mantissa_bits,
-                                encoded.mantissas.channels, encoded.exponents);
+        round_function *round = layout->is_scaled ? job->kernels->round_sbfp : job->kernels->round_bfp;
+        round(y, layout->head_dim, layout->block_size, layout->mantissa_bits, encoded.mantissas.channels,
+              encoded.exponents);
         store_encoded(layout, &encoded, tile, token);
         return;
     }
