@@ -149,8 +149,8 @@ static void write_head(const struct pack_job *job, const float *y, uint8_t *tile
     if (is_bfp(layout->type)) {
         union token_mantissas mantissas = {.quads = {0}}; /* padding channels stay 0 */
         uint8_t exponents[MAX_BLOCKS];
-        job->kernels->round_bfp(y, layout->head_dim, layout->block_size, layout->mantissa_bits, mantissas.channels,
-                                exponents);
+        round_function *round = layout->is_scaled ? job->kernels->round_sbfp : job->kernels->round_bfp;
+        round(y, layout->head_dim, layout->block_size, layout->mantissa_bits, mantissas.channels, exponents);
         ksort_store_mantissas(layout, &mantissas, tile, token);
         for (uint32_t b = 0; b < layout->n_blocks; b++)
             tile[exponent_offset(layout, b, token)] = exponents[b];

@@ -74,7 +74,7 @@ struct visit ksort_visit_at(const struct unit *unit, size_t at)
 
 float ksort_key_unit(const struct attend_job *job)
 {
-    return is_bfp(job->k.type) ? bits_float((127 - (job->k.mantissa_bits - 2)) << 23) : 1.0f;
+    return is_bfp(job->k.type) ? mantissa_unit(&job->k) : 1.0f;
 }
 
 /* Mantissas, factors and offsets of one rounded row for integer products (see struct query_rows). */
@@ -82,8 +82,7 @@ static void set_integer_row(const struct attend_job *job, const union token_mant
                             const uint8_t *exponents, uint32_t row, struct query_rows *queries)
 {
     const struct head_layout *k = &job->k;
-    /* 2^-6 turns a BFP16 mantissa into units of 2^e; 2^-(mantissa_bits-2) does the same for the key's. */
-    float constant = job->args.scale * bits_float((uint32_t)(127 - 6 - (int32_t)(k->mantissa_bits - 2)) << 23);
+    float constant = job->args.scale * (0x1p-6f * mantissa_unit(k)); /* 2^-6: a BFP16 mantissa's unit */
     memcpy(queries->quads[row], mantissas->quads, k->n_quads * sizeof(uint32_t));
     for (uint32_t b = 0; b < k->n_blocks; b++) {
         uint32_t end = (uint32_t)min_size((b + 1) * k->block_size, k->head_dim);

@@ -68,6 +68,12 @@ static inline HOST_DEVICE bool is_bfp(uint32_t type)
     return type >= KSORT_BFP16;
 }
 
+/* What mantissas times the block's scale, 2^(exponent - 127) or SBFP's own, are to be multiplied with. */
+static inline HOST_DEVICE float mantissa_unit(const struct head_layout *layout)
+{
+    return layout->is_scaled ? 1.0f : 1.0f / (float)(1u << (layout->mantissa_bits - 2));
+}
+
 static inline HOST_DEVICE size_t strip_bytes(const struct head_layout *layout)
 {
     return (size_t)layout->n_words * STRIP_TOKENS * 4;

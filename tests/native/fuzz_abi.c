@@ -262,7 +262,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     if (next_byte(&in) > 250) x[next_byte(&in)] = next_byte(&in) & 1 ? NAN : INFINITY;
     for (size_t i = 0; i < CACHE_BYTES; i++) k_memory[i] = v_memory[i] = (unsigned char)(i * 7 + size);
     uint32_t n_kv_heads = 1u + next_byte(&in) % 3u;
-    ksort_format k_format = random_fuzz_format(&in, 7), v_format = random_fuzz_format(&in, 7);
+    ksort_format k_format = random_fuzz_format(&in, 9), v_format = random_fuzz_format(&in, 9);
     v_format.head_dim = (uint32_t)mutated(&in, k_format.head_dim);
     ksort_cache k = random_cache(&in, k_format, k_memory, n_kv_heads);
     ksort_cache v = random_cache(&in, v_format, v_memory, n_kv_heads);

@@ -16,6 +16,7 @@ static float largest_packable(const ksort_cache *cache, const ksort_rope *rope, 
     uint32_t type = cache->format.type;
     float largest = type == KSORT_F16 ? 65504.0f : type == KSORT_BF16 ? 0x1.FEp127f : FLT_MAX;
     if (transform) largest = 0x1.FFp112f;
+    if (type >= KSORT_SBFP12) largest = (type == KSORT_SBFP12 ? 7 : 3) * 57344.0f * (transform ? 0x1p-7f : 1.0f);
     if (cache->exact) largest = transform ? 2048.0f : 65504.0f; /* 2048 * 1.5 * 16 and the shift */
     return rope ? largest * 0.25f : largest;
 }
@@ -23,7 +24,7 @@ static float largest_packable(const ksort_cache *cache, const ksort_rope *rope, 
 /* Mostly BFP, where the head is large enough. */
 static ksort_format random_cache_format(rng *r, uint32_t head_dim) {
     if (head_dim < 16) return random_format(r, KSORT_F32, KSORT_BF16, head_dim);
-    return random_format(r, rng_next(r) >> 62 ? KSORT_BFP16 : KSORT_F32, KSORT_BFP12, head_dim);
+    return random_format(r, rng_next(r) >> 62 ? KSORT_BFP16 : KSORT_F32, KSORT_SBFP11, head_dim);
 }
 
 /* Packs x into the cache's memory, which holds bytes of 0xFF before: NaN or infinity, were they read. */
