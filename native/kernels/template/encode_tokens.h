@@ -201,15 +201,15 @@ ALWAYS_INLINE void round_panel(lanes *y, const float *feedback, uint32_t head_di
     lanes panel[MAX_PANEL];
 #pragma GCC unroll 12
     for (uint32_t i = 0; i < P * R; i++)
-        panel[i] = y[first * R + i];
+        panel[i] = y[(size_t)first * R + i];
     const float *row = feedback ? feedback + first : NULL;
-    for (uint32_t c = 0; feedback && c < first; c++, row += head_dim)
+    lanes *own = y + (size_t)first * R;
+    for (const lanes *errors = y; feedback && errors < own; errors += R, row += head_dim)
 #pragma GCC unroll 8
         for (uint32_t i = 0; i < P; i++)
 #pragma GCC unroll 3
             for (uint32_t r = 0; r < R; r++)
-                panel[i * R + r] = lanes_minus_product(panel[i * R + r], y[c * R + r], lanes_set(row[i]));
-    y += first * R;
+                panel[i * R + r] = lanes_minus_product(panel[i * R + r], errors[r], lanes_set(row[i]));
 #pragma GCC unroll 8
     for (uint32_t i = 0; i < P; i++)
 #pragma GCC unroll 3
@@ -217,10 +217,10 @@ ALWAYS_INLINE void round_panel(lanes *y, const float *feedback, uint32_t head_di
             lanes x = panel[i * R + r];
 #pragma GCC unroll 8
             for (uint32_t c = 0; feedback && c < i; c++) /* only the last of them waits for the channel before */
-                x = lanes_minus_product(x, y[c * R + r], lanes_set(row[c * head_dim + i]));
+                x = lanes_minus_product(x, own[c * R + r], lanes_set(row[(size_t)c * head_dim + i]));
             lanes mantissa = lanes_mantissa(lanes_units(x, &steps[r], is_scaled), &steps[r]);
             mantissas[i * R + r] = mantissa;
-            y[i * R + r] = lanes_minus_product(x, mantissa, steps[r].step);
+            own[i * R + r] = lanes_minus_product(x, mantissa, steps[r].step);
         }
 }
 
