@@ -206,9 +206,6 @@ static void write_transformed_tokens(const struct pack_job *job, uint32_t head, 
         size_t stride = heads == rotated[0] ? KSORT_MAX_HEAD_DIM : job->args.x_token_stride;
         for (uint32_t i = 1; i < n_tokens && job->args.rope; i++)
             rotated_head(job, (uint32_t)first + i, head, rotated[i]);
-        for (size_t i = first + GROUP_TOKENS; i < min_size(first + 2 * GROUP_TOKENS, tokens.end); i++)
-            for (uint32_t c = 0; c < layout->head_dim; c += CACHE_LINE / sizeof(float))
-                PREFETCH_NEXT(job->args.x + i * job->args.x_token_stride + (size_t)head * layout->head_dim + c);
         for (uint32_t i = 0; i < n_tokens && job->args.cache->exact; i++) {
             _Alignas(64) float buffer[KSORT_MAX_HEAD_DIM];
             write_exact(job, transformed_head(job, heads + i * stride, head, buffer), head, first + i);

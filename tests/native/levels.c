@@ -202,6 +202,25 @@ static void compare_cache(rng *r) {
     guarded_free(k_memory);
 }
 
+/* Transformed keys as SBFP, up to the largest it holds: |x| grows up to twice by RoPE, 1.5 times by scale, 16 times by
+ * rotation. */
+static void compare_scaled(rng *r) {
+    problem p = random_problem(r);
+    p.head_dim = random_head_dim(r);
+    if (p.head_dim < 16) p.head_dim += 16;
+    p.n_rot = 2 * rng_between(r, 0, p.head_dim / 2);
+    ksort_cache cache;
+    guarded memory = new_cache(&cache, random_format(r, KSORT_SBFP12, KSORT_SBFP11, p.head_dim), &p);
+    guarded_rope guarded_rope = random_rope(r, &p);
+    guarded_transform guarded_transform = random_transform(r, &p);
+    const ksort_rope *rope = rng_next(r) >> 63 ? &guarded_rope.rope : NULL;
+    kind kind = rng_between(r, RANDOM, N_KINDS - 1);
+    compare_pack(r, &p, &cache, rope, &guarded_transform.transform, kind, rng_next(r) >> 63 ? 3500.0f : 0x1p-12f);
+    free_transform(guarded_transform);
+    free_rope(guarded_rope);
+    guarded_free(memory);
+}
+
 int main(int argc, char **argv) {
     long n_iterations = argc > 1 ? atol(argv[1]) : 100;
     rng r = {argc > 2 ? strtoull(argv[2], NULL, 10) | 1 : 1};
@@ -211,6 +230,7 @@ int main(int argc, char **argv) {
     if (!*found) return SKIPPED;
     for (long i = 0; i < n_iterations; i++) {
         compare_cache(&r);
+        compare_scaled(&r);
         compare_products(&r);
     }
     printf("levels: %ld problems, scalar against%s\n", n_iterations, found);
