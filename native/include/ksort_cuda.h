@@ -33,8 +33,8 @@ extern "C" {
  *     base + page * page_stride + (t % page_tiles) * tile_stride + h * head_stride
  *     page = page_table ? page_table[s * context_pages + t / page_tiles] : s * context_pages + t / page_tiles
  *
- * So without a table and with context_pages 1 every context is contiguous. Keys are BFP12, BFP14 or BFP16; values f16,
- * bf16, BFP16 or BFP12; head_dim 64, 80, 96, 128 or 256. */
+ * So without a table and with context_pages 1 every context is contiguous. Keys are BFP12, BFP14, BFP16, SBFP12 or SBFP11;
+ * values f16, bf16, BFP16, BFP12, SBFP12 or SBFP11; head_dim 64, 80, 96, 128 or 256. */
 typedef struct ksort_cuda_cache {
     size_t struct_size;
     ksort_format format;

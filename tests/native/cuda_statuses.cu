@@ -103,7 +103,7 @@ void check_shared_arguments() {
     both([](calls &c) { c.rope.struct_size = 0; }, KSORT_ERR_STRUCT_SIZE);
     both([](calls &c) { c.transform.struct_size = 0; }, KSORT_ERR_STRUCT_SIZE);
     both([](calls &c) { c.k.format.type = KSORT_F16; }, KSORT_ERR_TYPE);
-    both([](calls &c) { c.k.format.type = KSORT_BFP12 + 1; }, KSORT_ERR_TYPE);
+    both([](calls &c) { c.k.format.type = KSORT_SBFP11 + 1; }, KSORT_ERR_TYPE);
     both([](calls &c) { c.v.format.type = KSORT_BFP14; }, KSORT_ERR_TYPE);
     both([](calls &c) { c.v.format.type = KSORT_F32; }, KSORT_ERR_TYPE);
     both([](calls &c) { c.v.format.type = KSORT_F16, spread(&c.v); }, KSORT_ERR_TYPE); /* a transform of float values */

@@ -1,7 +1,7 @@
 /* Compares libksort_cuda with libksort through their public ABIs: packed bytes are equal, attention is within the bound
  * of double, every status is told, a captured step stays right while lengths grow.
  * usage: cuda_test [SEED] [PROBLEMS]     exit status 77: no CUDA device */
-#include "cuda_reference.h"
+#include "cuda_scaled.h"
 
 /* Of the bound, which adds up worst cases (tests/native_support.py): held to this share of it, small mistakes show. */
 static const double SHARE = 0.05;
@@ -92,18 +92,6 @@ static void compare_pack(rng *r, uint32_t index) {
     expect(v.device_has_same_bytes(), "pack: bytes of values", index, p);
 }
 
-/* Every slot of every context, packed by the CPU library: channels of different size, outliers among them. */
-static void fill_cache(rng *r, const paged_cache &cache, const shape &p, const steps &steps, float size) {
-    std::vector<float> factors(p.head_dim), head(p.head_dim);
-    for (float &factor : factors) factor = size * std::exp(rng_normal(r));
-    for (uint32_t s = 0; s < p.n_contexts; s++)
-        for (int32_t slot = 0; slot < p.n_cached[s] + p.n_new[s]; slot++)
-            for (uint32_t h = 0; h < p.n_kv_heads; h++) {
-                for (uint32_t c = 0; c < p.head_dim; c++) head[c] = rng_normal(r) * factors[c];
-                CHECK_OK(pack_on_cpu(cache, steps, head, s, (uint32_t)slot, h));
-            }
-}
-
 /* What a comparison of attention needs beside its shape. */
 struct attend_problem {
     const shape &p;
@@ -174,7 +162,7 @@ static error_shares compare_rows(rng *r, const attend_problem &a) {
     for (uint32_t s = 0; s < p.n_contexts; s++)
         for (uint32_t h = 0; h < p.n_kv_heads && p.n_new[s] > 0; h++) {
             uint32_t n_slots = (uint32_t)(p.n_cached[s] + p.n_new[s]), group = p.n_heads / p.n_kv_heads;
-            std::vector<float> k = unpack_on_cpu(a.k, s, h, n_slots), v = unpack_on_cpu(a.v, s, h, n_slots);
+            std::vector<float> k = unpack(a.k, s, h, n_slots), v = unpack(a.v, s, h, n_slots);
             uint32_t last = (uint32_t)p.n_new[s] * group - 1;
             for (uint32_t i = 0; i < 8 && i <= last; i++) {
                 uint32_t row = i == 0 ? 0 : i == 1 ? last : rng_between(r, 0, last);
@@ -182,13 +170,6 @@ static error_shares compare_rows(rng *r, const attend_problem &a) {
             }
         }
     return shares;
-}
-
-/* Of values: far beyond f16's range on either side too, where cache and output allow it. */
-static float random_value_size(rng *r, const shape &p) {
-    static const float of_f16[] = {1.0f, 100.0f, 0.01f}, of_others[] = {1.0f, 1e8f, 1e-8f};
-    bool has_f16 = p.v.type == KSORT_F16 || p.x_type == KSORT_F16;
-    return (has_f16 ? of_f16 : of_others)[rng_between(r, 0, 2)];
 }
 
 /* Lets the new tokens of a context begin with short rows and end with long ones, where its pages hold as many. */
@@ -201,6 +182,7 @@ static void cross_short_slots(rng *r, shape *p) {
 /* One random problem of ksort_cuda_attend. */
 static error_shares compare_attend(rng *r, uint32_t index, uint32_t most_tokens) {
     shape p = random_shape(r, index, most_tokens);
+    if (coin(r)) set_scaled_types(r, &p);
     if (most_tokens > 1 && coin(r)) cross_short_slots(r, &p);
     paged_cache k(r, p, p.k), v(r, p, p.v);
     rope_tables rope(r, p, p.capacity());
@@ -208,7 +190,7 @@ static error_shares compare_attend(rng *r, uint32_t index, uint32_t most_tokens)
     steps k_steps = {coin(r) ? &rope : nullptr, coin(r) ? &k_tables : nullptr};
     steps v_steps = {nullptr, p.v.type >= KSORT_BFP16 && coin(r) ? &v_tables : nullptr};
     k.fill_ones(), v.fill_ones();
-    fill_cache(r, k, p, k_steps, 1.0f), fill_cache(r, v, p, v_steps, random_value_size(r, p));
+    fill_keys(r, k, p, k_steps), fill_values(r, v, p, v_steps);
     row_strides q_strides(r, p, (size_t)p.n_heads * p.head_dim), out_strides(r, p, (size_t)p.n_heads * p.head_dim);
     token_rows q(p, q_strides), out(p, out_strides);
     fill_rows(&q, p, p.n_heads, [&](std::vector<float> &head) {

@@ -60,7 +60,8 @@ bool is_head_dim(uint32_t head_dim)
 
 bool is_value_type(uint32_t type)
 {
-    return type == KSORT_F16 || type == KSORT_BF16 || type == KSORT_BFP16 || type == KSORT_BFP12;
+    return type == KSORT_F16 || type == KSORT_BF16 || type == KSORT_BFP16 || type == KSORT_BFP12 ||
+           type == KSORT_SBFP12 || type == KSORT_SBFP11;
 }
 
 ksort_status check_cache(const ksort_cuda_cache *cache, bool is_allowed(uint32_t type), memory memory,

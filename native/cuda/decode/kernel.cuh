@@ -188,7 +188,7 @@ __global__ void __launch_bounds__(WARP *WARPS, BLOCKS) decode_kernel(const __gri
     for (uint32_t i = 0; i < STAGES - 1; i++)
         ring.fetch(job, work, list, i, lane);
     wait_for_kernel_before(); /* for queries: tiles are older, see common/dependent_launch.cuh */
-    load_queries<HEAD_DIM>(job, work.context, work.first_head, work.n_rows, queries);
+    load_queries<K_TYPE, HEAD_DIM>(job, work.context, work.first_head, work.n_rows, queries);
     __syncthreads();
 
     row_state<values::N_PRODUCTS> state;
