@@ -18,8 +18,8 @@ from ksort_gguf.kvplan import RopeTables, Transform
 from ksort_gguf.names import CACHE_TYPES, TRANSFORM_TABLES
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
-K_TYPES = ("bfp16", "bfp14", "bfp12")
-V_TYPES = ("f16", "bf16", "bfp16", "bfp12")
+K_TYPES = ("bfp16", "bfp14", "bfp12", "sbfp12", "sbfp11")
+V_TYPES = ("f16", "bf16", "bfp16", "bfp12", "sbfp12", "sbfp11")
 
 OnDevice = Callable[[np.ndarray], Any]  # a copy of an array in device memory
 

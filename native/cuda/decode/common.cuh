@@ -20,13 +20,23 @@ HOST_DEVICE constexpr uint32_t n_row_blocks(uint32_t group)
 
 HOST_DEVICE constexpr uint32_t mantissa_bits_of(uint32_t type)
 {
-    return type == KSORT_BFP12 ? 4 : type == KSORT_BFP14 ? 6 : type == KSORT_BFP16 ? 8 : 0;
+    return type == KSORT_SBFP11                          ? 3
+           : type == KSORT_BFP12 || type == KSORT_SBFP12 ? 4
+           : type == KSORT_BFP14                         ? 6
+           : type == KSORT_BFP16                         ? 8
+                                                         : 0;
 }
 
-/* Words of a token; head dimensions that kernels take are multiples of 16, so that groups need no padding. */
+HOST_DEVICE constexpr bool is_scaled_type(uint32_t type)
+{
+    return type == KSORT_SBFP12 || type == KSORT_SBFP11;
+}
+
+/* Words of a token; head dimensions that kernels take are multiples of 16, so that no groups but those of SBFP11, of 32
+ * channels, need padding. */
 HOST_DEVICE constexpr uint32_t n_words_of(uint32_t type, uint32_t head_dim)
 {
-    return head_dim * mantissa_bits_of(type) / 32;
+    return type == KSORT_SBFP11 ? (head_dim + 31) / 32 * 3 : head_dim * mantissa_bits_of(type) / 32;
 }
 
 /* A chunk in shared memory: its words, then CHUNK_TOKENS exponents of each block, of which the smallest blocks make

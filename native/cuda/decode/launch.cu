@@ -15,6 +15,8 @@ static cudaError_t launch_k(const attend_job &job, cudaStream_t stream)
     case KSORT_F16: return launch_types<HEAD_DIM, K_TYPE, KSORT_F16>(job, stream);
     case KSORT_BF16: return launch_types<HEAD_DIM, K_TYPE, KSORT_BF16>(job, stream);
     case KSORT_BFP16: return launch_types<HEAD_DIM, K_TYPE, KSORT_BFP16>(job, stream);
+    case KSORT_SBFP12: return launch_types<HEAD_DIM, K_TYPE, KSORT_SBFP12>(job, stream);
+    case KSORT_SBFP11: return launch_types<HEAD_DIM, K_TYPE, KSORT_SBFP11>(job, stream);
     default: return launch_types<HEAD_DIM, K_TYPE, KSORT_BFP12>(job, stream);
     }
 }
@@ -25,6 +27,8 @@ cudaError_t launch_decode(const attend_job &job, cudaStream_t stream)
     switch (job.k.layout.type) {
     case KSORT_BFP16: return launch_k<HEAD_DIM, KSORT_BFP16>(job, stream);
     case KSORT_BFP14: return launch_k<HEAD_DIM, KSORT_BFP14>(job, stream);
+    case KSORT_SBFP12: return launch_k<HEAD_DIM, KSORT_SBFP12>(job, stream);
+    case KSORT_SBFP11: return launch_k<HEAD_DIM, KSORT_SBFP11>(job, stream);
     default: return launch_k<HEAD_DIM, KSORT_BFP12>(job, stream);
     }
 }

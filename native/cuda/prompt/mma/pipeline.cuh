@@ -94,7 +94,7 @@ struct tile_pipeline {
             fetch_f16<HEAD_DIM, HALF>(values(values_tile), tile_gmem, n_valid(values_tile), threadIdx.x - HALF);
     }
 
-    /* Returns the top of the values so far (prompt/shared/expand.cuh). */
+    /* Returns the top of the values so far (prompt/shared/tops.cuh). */
     __device__ int expand(uint32_t tile, int top) const
     {
         if (tile >= block.end_tile)
@@ -105,7 +105,7 @@ struct tile_pipeline {
             if (job.v.layout.type == KSORT_BF16)
                 top = max(top, largest_row_exponent<HEAD_DIM>(packed, n_valid(tile), 0, 1));
             else if (job.v.layout.type != KSORT_F16)
-                top = max(top, largest_block_exponent(packed, job.v.layout, n_valid(tile)));
+                top = max(top, top_of_blocks(packed, job.v.layout, n_valid(tile)));
             expand_values<HEAD_DIM, shape::threads>(values(tile), packed, job.v.layout, top, n_valid(tile));
         }
         return top;

@@ -1,12 +1,13 @@
 /* Packed tiles of prompt attention are expanded within shared memory to 16-bit floats, for the tensor cores.
  *
- * Keys become bf16, where every BFP mantissa times its step is exact. Values become f16, whose 11 bits the weights need
- * (prompt/shared/softmax.cuh); f16 has little range, so values are scaled by a power of two: see UNIT_TOP.
+ * Keys become bf16, where every mantissa times its step or scale is exact. Values become f16, whose 11 bits the weights
+ * need (prompt/shared/softmax.cuh); f16 has little range, so values are scaled by a power of two
+ * (prompt/shared/tops.cuh).
  */
 #ifndef KSORT_CUDA_PROMPT_SHARED_EXPAND_CUH
 #define KSORT_CUDA_PROMPT_SHARED_EXPAND_CUH
 
-#include "prompt/shared/panels.cuh"
+#include "prompt/shared/tops.cuh"
 
 /* Bytes as numbers of a 16-bit float type: a byte u below 2^bits, set under the byte `magic`, reads as base + u.
  * offset_fits: base + u times any scale stays in range, so that one fused operation takes base away. */
@@ -31,7 +32,7 @@ struct value_pair {
 template <typename PAIR, int BITS>
 constexpr uint32_t BIAS = BITS <= PAIR::bits ? (1u << (BITS - 1)) * 0x01010101u : 0;
 
-/* Two bytes of a biased quad of mantissas, as two numbers times `scale` (a power of two, or 0), exactly where the type
+/* Two bytes of a biased quad of mantissas, as two numbers times `scale` (of at most three bits), exactly where the type
  * can hold them. */
 template <typename PAIR, int BITS>
 __device__ inline uint32_t scaled_pair(uint32_t quad, uint32_t selector, typename PAIR::type scale)
@@ -61,7 +62,23 @@ __device__ inline uint4 scaled_chunk(uint32_t quad_0, uint32_t quad_1, typename 
                       scaled_pair<PAIR, BITS>(quad_1, 0x4140, scale), scaled_pair<PAIR, BITS>(quad_1, 0x4342, scale));
 }
 
-/* Chunks of one token from its `words`: one of BFP12 or two of BFP16 make a chunk, three of BFP14 make two. */
+/* Words that an item is made of: one of 4-bit mantissas or two of BFP16 make a chunk, three of BFP14 make two, as do
+ * two of SBFP11: one of low bits, and one of high bits, half of which are another item's. */
+template <int BITS>
+constexpr uint32_t ITEM_WORDS = BITS == 4   ? 1
+                                : BITS == 6 ? 3
+                                            : 2;
+template <int BITS>
+constexpr uint32_t ITEM_CHUNKS = BITS == 6 || BITS == 3 ? 2 : 1;
+
+/* Word `w` of an item, of a token's. */
+template <int BITS>
+__device__ inline uint32_t word_of_item(uint32_t item, uint32_t w)
+{
+    return BITS == 3 ? item / 2 * 3 + (w == 0 ? item % 2 : 2) : item * ITEM_WORDS<BITS> + w;
+}
+
+/* Chunks of one token from its `words`; SBFP11's high bits start at bit 0. */
 template <typename PAIR, int BITS, int WORDS>
 __device__ inline void store_chunks(uint8_t *panels_smem, uint32_t token, uint32_t chunk,
                                     const uint32_t (&words)[WORDS], typename PAIR::type scale)
@@ -74,6 +91,10 @@ __device__ inline void store_chunks(uint8_t *panels_smem, uint32_t token, uint32
     constexpr uint32_t LOW = 0x0F0F0F0F, HIGH = 0x30303030;
     if constexpr (BITS == 4) {
         store(chunk, words[0] & LOW, words[0] >> 4 & LOW);
+    } else if constexpr (BITS == 3) {
+        constexpr uint32_t TWO = 0x03030303, TOP = 0x04040404;
+        store(chunk, (words[0] & TWO) | (words[1] << 2 & TOP), (words[0] >> 2 & TWO) | (words[1] << 1 & TOP));
+        store(chunk + 1, (words[0] >> 4 & TWO) | (words[1] & TOP), (words[0] >> 6 & TWO) | (words[1] >> 1 & TOP));
     } else if constexpr (BITS == 6) {
         store(chunk, (words[0] & LOW) | (words[2] << 4 & HIGH), (words[0] >> 4 & LOW) | (words[2] << 2 & HIGH));
         store(chunk + 1, (words[1] & LOW) | (words[2] & HIGH), (words[1] >> 4 & LOW) | (words[2] >> 2 & HIGH));
@@ -89,14 +110,13 @@ template <typename PAIR, int BITS, int HEAD_DIM, int THREADS, typename SCALE_OF>
 __device__ inline void expand_mantissas(uint8_t *panels_smem, const uint8_t *packed_smem, uint32_t block_size,
                                         SCALE_OF scale_of)
 {
-    constexpr uint32_t CHUNKS = BITS == 6 ? 2 : 1; /* of an item */
-    constexpr uint32_t WORDS = BITS == 4 ? 1 : BITS == 8 ? 2 : 3;
+    constexpr uint32_t CHUNKS = ITEM_CHUNKS<BITS>, WORDS = ITEM_WORDS<BITS>;
     constexpr uint32_t ITEMS = HEAD_DIM / CHUNK_CHANNELS / CHUNKS;
     constexpr uint32_t WORKERS = THREADS / STRIP_TOKENS;
     constexpr uint32_t SHARES = WORKERS >= 4 * ITEMS ? 4 : WORKERS >= 2 * ITEMS ? 2 : 1; /* of the strips */
     constexpr uint32_t STRIPS = STRIPS_PER_TILE / SHARES;
     head_layout known = {}; /* offsets of which the compiler knows all but the block */
-    known.n_words = ITEMS * WORDS;
+    known.n_words = BITS == 3 ? (ITEMS + 1) / 2 * 3 : ITEMS * WORDS;
     const uint32_t block_shift = __ffs(block_size) - 1, worker = threadIdx.x % THREADS / STRIP_TOKENS;
     const uint32_t share = SHARES == 1 ? 0 : worker / ITEMS;
     if (share >= SHARES)
@@ -113,7 +133,10 @@ __device__ inline void expand_mantissas(uint8_t *panels_smem, const uint8_t *pac
             scales[strip] = scale_of(packed_smem[exponent_offset(&known, block, token)]);
 #pragma unroll
             for (uint32_t w = 0; w < WORDS; w++)
-                words[strip][w] = *(const uint32_t *)(packed_smem + word_offset(&known, item * WORDS + w, token));
+                words[strip][w] =
+                    *(const uint32_t *)(packed_smem + word_offset(&known, word_of_item<BITS>(item, w), token));
+            if (BITS == 3)
+                words[strip][1] >>= item % 2 * 4;
         }
 #pragma unroll
         for (uint32_t strip = 0; strip < STRIPS; strip++)
@@ -129,6 +152,12 @@ __device__ inline __nv_bfloat162 key_scale(uint8_t exponent)
     return __hmul2(bits_as<__nv_bfloat162>(exponent * 0x00800080u), key_pair::splat(1.0f / (1 << (BITS - 2))));
 }
 
+/* The scale of SBFP, exactly. */
+__device__ inline __nv_bfloat162 scaled_key_scale(uint8_t scale)
+{
+    return key_pair::splat(__half2float(__ushort_as_half((uint16_t)(scale << 8))));
+}
+
 template <int HEAD_DIM, int THREADS>
 __device__ void expand_keys(uint8_t *panels_smem, const uint8_t *packed_smem, const head_layout &layout)
 {
@@ -138,61 +167,13 @@ __device__ void expand_keys(uint8_t *panels_smem, const uint8_t *packed_smem, co
     else if (layout.type == KSORT_BFP14)
         expand_mantissas<key_pair, 6, HEAD_DIM, THREADS>(panels_smem, packed_smem, layout.block_size,
                                                          [](uint8_t exponent) { return key_scale<6>(exponent); });
+    else if (layout.type == KSORT_SBFP12)
+        expand_mantissas<key_pair, 4, HEAD_DIM, THREADS>(panels_smem, packed_smem, layout.block_size, scaled_key_scale);
+    else if (layout.type == KSORT_SBFP11)
+        expand_mantissas<key_pair, 3, HEAD_DIM, THREADS>(panels_smem, packed_smem, layout.block_size, scaled_key_scale);
     else
         expand_mantissas<key_pair, 8, HEAD_DIM, THREADS>(panels_smem, packed_smem, layout.block_size,
                                                          [](uint8_t exponent) { return key_scale<8>(exponent); });
-}
-
-/* Values stand in panels as v * 2^(UNIT_TOP - top), where top is at least the exponent (plus 127) of every value that a
- * CTA has seen: so below 2^8, whose products with what lifts bytes (value_pair) f16 still holds. A block 2^-25 of the
- * largest keeps all its bits; smaller ones may be lost. f16 values stay as they are: their top is UNIT_TOP. bf16 and
- * BFP start at FIRST_TOP, so that a scale from exponent 0 is 0 and 2^(UNIT_TOP - top) a float32. */
-constexpr int UNIT_TOP = 127 + 7;
-constexpr int FIRST_TOP = 32;
-
-/* Largest exponent byte of four channels of bf16 as two registers, or of four tokens: bytes, kept by __vmaxu4. */
-__device__ inline uint32_t bf16_exponents(uint32_t pair_0, uint32_t pair_1)
-{
-    return __byte_perm(pair_0 << 1, pair_1 << 1, 0x7531);
-}
-
-__device__ inline int largest_byte(uint32_t bytes)
-{
-    bytes = __vmaxu4(bytes, bytes >> 16);
-    bytes = __vmaxu4(bytes, bytes >> 8);
-    return (int)__reduce_max_sync(~0u, bytes & 0xFF);
-}
-
-/* The largest exponent in a packed tile of BFP values, of its first n_valid tokens. Every warp finds it alone: that is
- * shorter than a barrier. */
-__device__ inline int largest_block_exponent(const uint8_t *packed_smem, const head_layout &layout, uint32_t n_valid)
-{
-    constexpr uint32_t TOKENS = 4; /* of a word */
-    const uint32_t *words = (const uint32_t *)(packed_smem + exponent_offset(&layout, 0, 0));
-    uint32_t first = threadIdx.x % (TILE / TOKENS) * TOKENS; /* token of all the lane's words */
-    uint32_t valid = n_valid >= first + TOKENS ? ~0u : n_valid <= first ? 0 : (1u << 8 * (n_valid - first)) - 1;
-    uint32_t even = 0, odd = 0;
-#pragma unroll 2
-    for (uint32_t i = threadIdx.x % WARP; i < layout.n_blocks * (TILE / TOKENS); i += WARP) {
-        uint32_t exponents = words[i] & valid;
-        even = __vmaxu2(even, exponents & 0x00FF00FF);
-        odd = __vmaxu2(odd, exponents >> 8 & 0x00FF00FF);
-    }
-    uint32_t largest = __vmaxu2(even, odd);
-    return (int)__reduce_max_sync(~0u, max(largest & 0xFFFF, largest >> 16));
-}
-
-/* The same of bf16 rows, of which all values are looked through: those that are n_warps apart, from `warp` on. */
-template <int HEAD_DIM>
-__device__ inline int largest_row_exponent(const uint8_t *packed_smem, uint32_t n_valid, uint32_t warp,
-                                           uint32_t n_warps)
-{
-    uint32_t largest = 0;
-    for (uint32_t i = warp * WARP + threadIdx.x % WARP; i < n_valid * HEAD_DIM / CHUNK_CHANNELS; i += n_warps * WARP) {
-        uint4 x = *(const uint4 *)(packed_smem + i * CHUNK_BYTES);
-        largest = __vmaxu4(largest, __vmaxu4(bf16_exponents(x.x, x.y), bf16_exponents(x.z, x.w)));
-    }
-    return largest_byte(largest);
 }
 
 /* 2^(exponent - 127 - (BITS - 2)) * 2^(UNIT_TOP - top), subnormal where it must be, 0 below: as 2^(exponent - top)
@@ -203,6 +184,16 @@ __device__ inline __half2 value_scale(uint8_t exponent, int top)
     uint32_t field = max(min((int)exponent - top, 0) + 30, 0);
     constexpr int REST = 15 - (UNIT_TOP - 127) + BITS - 2;
     return __hmul2(bits_as<__half2>(field * 0x04000400u), value_pair::splat(1.0f / (1 << REST)));
+}
+
+/* The same of SBFP. What stale bytes make is kept finite: 63 times what lifts bytes, and a mantissa, f16 holds. */
+__device__ inline __half2 scaled_value_scale(uint8_t scale, int top)
+{
+    constexpr int BIAS = 15;
+    const __half2 largest = value_pair::splat(63.0f);
+    const __half2 unit = bits_as<__half2>((uint32_t)(BIAS + UNIT_TOP - top) * 0x04000400u);
+    const __half2 scaled = __hmul2(bits_as<__half2>(scale * 0x01000100u), unit);
+    return __hmin2(__hmax2(scaled, __hneg2(largest)), largest); /* of NaN and a number the number */
 }
 
 __device__ inline uint32_t half_of_bf16(uint32_t pair, float scale)
@@ -243,6 +234,12 @@ __device__ void expand_values(uint8_t *panels_smem, const uint8_t *packed_smem, 
         expand_mantissas<value_pair, 8, HEAD_DIM, THREADS>(
             panels_smem, packed_smem, layout.block_size,
             [=](uint8_t exponent) { return value_scale<8>(exponent, top); });
+    else if (layout.type == KSORT_SBFP12)
+        expand_mantissas<value_pair, 4, HEAD_DIM, THREADS>(
+            panels_smem, packed_smem, layout.block_size, [=](uint8_t scale) { return scaled_value_scale(scale, top); });
+    else if (layout.type == KSORT_SBFP11)
+        expand_mantissas<value_pair, 3, HEAD_DIM, THREADS>(
+            panels_smem, packed_smem, layout.block_size, [=](uint8_t scale) { return scaled_value_scale(scale, top); });
     else
         expand_rows<HEAD_DIM, THREADS>(panels_smem, packed_smem, layout.type == KSORT_BF16, top, n_valid);
 }

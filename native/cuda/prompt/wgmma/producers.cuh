@@ -78,12 +78,12 @@ struct tile_producer {
         arrive_as_warp(rings.full_keys(at.buffer));
     }
 
-    /* The largest exponent of a fetched tile of values. */
-    __device__ int largest_exponent(uint32_t n_valid, uint32_t buffer) const
+    /* The top of a fetched tile of values. */
+    __device__ int top_of_tile(uint32_t n_valid, uint32_t buffer) const
     {
         constexpr uint32_t WARPS = WARPGROUP / WARP;
         if (cache().layout.type != KSORT_BF16)
-            return largest_block_exponent(stage(buffer), cache().layout, n_valid);
+            return top_of_blocks(stage(buffer), cache().layout, n_valid);
         uint32_t warp = threadIdx.x / WARP % WARPS;
         int *tops = rings.state.warp_tops[buffer];
         tops[warp] = largest_row_exponent<HEAD_DIM>(stage(buffer), n_valid, warp, WARPS);
@@ -100,11 +100,11 @@ struct tile_producer {
         arrive_as_warp(rings.full_values(at.buffer));
     }
 
-    /* top: of the values so far (prompt/shared/expand.cuh); it is raised. */
+    /* top: of the values so far (prompt/shared/tops.cuh); it is raised. */
     __device__ void make_values(uint32_t n_valid, ring_place at, int &top) const
     {
         wait_for_phase(rings.fetched_values(at.buffer), at.parity);
-        top = max(top, largest_exponent(n_valid, at.buffer));
+        top = max(top, top_of_tile(n_valid, at.buffer));
         wait_for_phase(rings.free_values(at.buffer), at.parity ^ 1);
         expand_values<HEAD_DIM, WARPGROUP>(rings.values(at.buffer), stage(at.buffer), cache().layout, top, n_valid);
         publish_values(at, top);
@@ -115,7 +115,7 @@ struct tile_producer {
     {
         tile_walk tiles(cache().pages, block);
         bool fetches = threadIdx.x % WARPGROUP == 0;
-        int top = FIRST_TOP;
+        int top = first_top(job.attend);
         ring_place ahead = at;
         for (uint32_t tile = block.first_tile; tile < min(block.first_tile + RING, block.end_tile); tile++) {
             if (fetches)
