@@ -66,6 +66,33 @@ class CacheLayout:
         return self.n_contexts * self.n_tiles * self.n_kv_heads * self.head_bytes
 
 
+class ExactRows:
+    """Exact rows beside one layer's packed keys and values: [context][1 + n_tiles][KV head] f16 tiles, sinks' first.
+
+    k_rows, v_rows: uint8 on the device, or None beside a float type. begin: int32 [n_contexts] on the device, the first
+    slot, sinks aside, that the rings of n_tiles hold.
+    """
+
+    def __init__(
+        self, k: CacheLayout, k_rows: Any, v: CacheLayout, v_rows: Any, begin: Any, *, n_tail: int, n_sinks: int,
+        n_tiles: int,
+    ):  # fmt: skip
+        self._sizes, self._begin = (n_tail, n_sinks, n_tiles), begin
+        self.k, self.v = self._struct(k, k_rows), self._struct(v, v_rows)
+
+    def _struct(self, layout: CacheLayout, rows: Any) -> Any:
+        binding = library()
+        if rows is None:
+            return binding.null
+        struct = binding.new("ksort_cuda_exact")
+        struct.n_tail, struct.n_sinks, struct.n_tiles = self._sizes
+        struct.head_stride = CACHE_TYPES["f16"].tile_bytes(layout.head_dim, layout.block_size)
+        struct.tile_stride = layout.n_kv_heads * struct.head_stride
+        struct.context_stride = (1 + struct.n_tiles) * struct.tile_stride
+        struct.base, struct.begin = binding.array("void *", rows), binding.array("int32_t *", self._begin)
+        return struct
+
+
 @dataclass(frozen=True)
 class Tokens:
     """Which tokens a call is about: the new ones, `n_tokens` for each context, behind n_cached[c] others."""
@@ -92,7 +119,7 @@ class Layer:
         self._binding = binding = library()
         self._on_device, self._kept = on_device, [k_memory, v_memory, cos, sin]
         self._n_positions = max_slots if rope is None else len(cos)
-        structs = self._cache(k, k_memory), self._cache(v, v_memory)
+        structs = self._caches = self._cache(k, k_memory), self._cache(v, v_memory)
         rope_struct = self._rope(rope, cos, sin)
         transforms = self._transform(k_transform), self._transform(v_transform)
         self._kept += [*structs, rope_struct, *transforms]
@@ -107,6 +134,11 @@ class Layer:
             args.k_transform, args.v_transform = transforms
         self._attend.n_heads, self._attend.scale = n_heads, scale
         self._attend.window, self._attend.max_slots = window, max_slots
+
+    def set_exact(self, rows: ExactRows) -> None:
+        """The exact rows that the calls from now on keep and read."""
+        self._exact = rows
+        self._caches[0].exact, self._caches[1].exact = rows.k, rows.v
 
     def pack(self, tokens: Tokens, k: FloatRows, v: FloatRows, stream: int) -> None:
         """Store the tokens' keys and values, rows of one stride. Raises as check_status."""

@@ -59,10 +59,14 @@ class ContextCache:
     def _used_bytes(self, type_name: str) -> int:
         n_tiles = -(-self.n_tokens // TILE_TOKENS)
         n_bytes = n_tiles * sum(self.tile_bytes(type_name, heads) for heads in self.layers)
-        if self.options.has_exact(type_name):
+        if self.has_exact(type_name):
             n_exact = min(n_tiles, self.n_ring_tiles) + min(n_tiles, self.options.exact_sinks, 1)
             n_bytes += n_exact * sum(self.tile_bytes("f16", heads) for heads in self.layers)
         return n_bytes
+
+    def has_exact(self, type_name: str) -> bool:
+        """Whether keys or values of this type have exact rows."""
+        return self.options.has_exact(type_name)
 
     def truncate(self, n_tokens: int) -> None:
         """Forget all tokens from slot `n_tokens` on. Their slots are written anew by the tokens that follow."""

@@ -7,6 +7,7 @@ import torch
 from ksort_gguf.binding import cuda
 from ksort_gguf.cache.cpu import ContextCache
 from ksort_gguf.cache.cuda_device import memory_errors
+from ksort_gguf.cache.exact import ring_tiles
 from ksort_gguf.cache.protocol import CacheOptions, HeadShape
 from ksort_gguf.errors import CacheTypeError
 from ksort_gguf.names import CACHE_TYPES
@@ -19,7 +20,9 @@ class CudaCache(ContextCache):
     """Keys and values of all layers as tensors `k[layer]`, `v[layer]`.
 
     BFP keys: uint8, contiguous [tile][KV head] tiles of both, as `layout` says. Float keys: each in its type, [blocks
-    of FLOAT_BLOCK slots, n_kv_heads, FLOAT_BLOCK, head_dim]. Raises CacheTypeError for what runs on the CPU only.
+    of FLOAT_BLOCK slots, n_kv_heads, FLOAT_BLOCK, head_dim]. Beside BFP types `k_exact[layer]` and `v_exact[layer]`,
+    uint8, or None: exact rows, which keys and values have together, with a ring for steps of a token. Raises
+    CacheTypeError for what runs on the CPU only.
     """
 
     def __init__(self, layers: Sequence[HeadShape], options: CacheOptions, n_ctx: int, device: torch.device):
@@ -27,8 +30,16 @@ class CudaCache(ContextCache):
         for heads in layers:
             check_options(options, heads.head_dim)
         super().__init__(layers, options, n_ctx)
+        self.n_ring_tiles = ring_tiles(options.exact_tail, n_ctx, 1)
         self.k = [self._layer(options.k_type, heads) for heads in layers]
         self.v = [self._layer(options.v_type, heads) for heads in layers]
+        self.k_exact = [self.exact_rows(options.k_type, heads, self.n_ring_tiles) for heads in layers]
+        self.v_exact = [self.exact_rows(options.v_type, heads, self.n_ring_tiles) for heads in layers]
+
+    def has_exact(self, type_name: str) -> bool:
+        """See ContextCache: that of either gives them to both."""
+        o = self.options
+        return CACHE_TYPES[type_name].is_bfp and (o.has_exact(o.k_type) or o.has_exact(o.v_type))
 
     def layout(self, type_name: str, heads: HeadShape) -> cuda.CacheLayout:
         """Where a layer's packed keys or values lie."""
@@ -41,16 +52,17 @@ class CudaCache(ContextCache):
             shape = -(-self.n_ctx // FLOAT_BLOCK), heads.n_kv_heads, FLOAT_BLOCK, heads.head_dim
             return torch.zeros(shape, dtype=FLOAT_TYPES[type_name], device=self._device)
 
+    def exact_rows(self, type_name: str, heads: HeadShape, n_tiles: int) -> torch.Tensor | None:
+        """Memory of exact rows with a ring of n_tiles, uint8 [1 + n_tiles, bytes of all heads' f16 tiles]; or None."""
+        if not self.has_exact(type_name):
+            return None
+        with memory_errors(f"the exact rows of a cache of {self.n_ctx} tokens"):
+            return torch.zeros((1 + n_tiles, self.tile_bytes("f16", heads)), dtype=torch.uint8, device=self._device)
+
 
 def check_options(options: CacheOptions, head_dim: int) -> None:
     """Raise CacheTypeError, naming the argument, unless these types run on the GPU for heads of `head_dim` channels."""
     k_type, v_type, query_type = options.k_type, options.v_type, options.query_type
-    for field in ("exact_tail", "exact_sinks"):
-        if n := getattr(options, field):
-            raise CacheTypeError(
-                f"`cache_{field}` {n}: exact rows are not kept on the GPU: leave it out, or run on the CPU",
-                field=f"cache_{field}",
-            )
     if not CACHE_TYPES[k_type].is_bfp:
         if v_type not in FLOAT_TYPES:
             raise CacheTypeError(
@@ -68,6 +80,12 @@ def check_options(options: CacheOptions, head_dim: int) -> None:
         known = ", ".join(cuda.V_TYPES)
         raise CacheTypeError(
             f"`cache_type_v` {v_type}: on the GPU {k_type} keys go with values of {known}", field="cache_type_v"
+        )
+    if v_type == "bf16" and options.has_exact(k_type):
+        raise CacheTypeError(
+            f"`cache_type_v` bf16: on the GPU exact rows of {k_type} keys do not go with it: use f16, or pass "
+            "`cache_exact_tail` 0 and `cache_exact_sinks` 0",
+            field="cache_type_v",
         )
     if query_type != "bfp16":
         raise CacheTypeError(

@@ -9,6 +9,7 @@ import torch
 from ksort_gguf.binding.cuda import Layer, Tokens
 from ksort_gguf.binding.rows import FloatRows
 from ksort_gguf.cache.cuda import CudaCache
+from ksort_gguf.cache.cuda_exact import CudaExact
 from ksort_gguf.cache.cuda_float_attention import FloatAttention
 from ksort_gguf.cache.protocol import Attention, LayerPlan
 from ksort_gguf.cache.rope_table import RopeTable
@@ -34,6 +35,7 @@ class PackedAttention:
         self._heads = [plan.heads for plan in layers]
         self._n_ctx, self._n_cached, self._status = cache.n_ctx, n_cached, status
         device = n_cached.device
+        self._exact = CudaExact(cache, n_cached, n_ubatch)
 
         def on_device(values: np.ndarray) -> torch.Tensor:
             return torch.from_numpy(values).to(device)
@@ -63,6 +65,8 @@ class PackedAttention:
             )
             for layer, plan in enumerate(layers)
         ]
+        for layer, calls in enumerate(self._layers):
+            self._exact.widest(layer, calls)
         sizes = (layer.workspace_bytes(self._tokens(n)) for n in (1, n_ubatch) for layer in self._layers)
         self._tokens_of: dict[int, Tokens] = {}  # by their number: the same object spares the layers work
         self._workspace = torch.empty(max(sizes), dtype=torch.uint8, device=device)
@@ -76,14 +80,17 @@ class PackedAttention:
         if n_tokens not in self._tokens_of:
             self._tokens_of[n_tokens] = self._tokens(n_tokens)
         self._new = self._tokens_of[n_tokens]
+        self._exact.begin(n_tokens, n_slots)
         self._stream = torch.cuda.current_stream().cuda_stream if self._n_cached.is_cuda else 0
 
     def run(self, layer: int, qkv: FloatRows, out: FloatRows) -> None:
         """See Attention."""
         h, calls = self._heads[layer], self._layers[layer]
         n_q, n_kv = h.n_heads * h.head_dim, h.n_kv_heads * h.head_dim
+        self._exact.enter(layer, calls)
         calls.pack(self._new, qkv.columns(n_q, n_q + n_kv), qkv.columns(n_q + n_kv, n_q + 2 * n_kv), self._stream)
         calls.attend(self._new, qkv, out, self._workspace, self._stream)
+        self._exact.leave(layer)
 
     def _tokens(self, n_tokens: int) -> Tokens:
         return Tokens(n_tokens, self._n_cached, self._status)

@@ -31,9 +31,9 @@ def exact_rows(
     return of_tail if tail is None else tail, of_sinks if sinks is None else sinks, bool(tail or sinks)
 
 
-def ring_tiles(n_tail: int, n_ctx: int) -> int:
-    """Tiles of a ring that holds the tail of every token of a step, or all of a context."""
-    return min(-(-(n_tail + STEP_TOKENS - 1) // TILE_TOKENS), -(-n_ctx // TILE_TOKENS)) if n_tail else 0
+def ring_tiles(n_tail: int, n_ctx: int, n_step: int = STEP_TOKENS) -> int:
+    """Tiles of a ring that holds the tail of every token of a step of n_step tokens, or all of a context."""
+    return min(-(-(n_tail + n_step - 1) // TILE_TOKENS), -(-n_ctx // TILE_TOKENS)) if n_tail else 0
 
 
 def begin_after(begin: int, first_slot: int, n_tokens: int, n_tiles: int) -> int:

@@ -149,7 +149,9 @@ class Backend(Protocol):
 
     n_vocab: int
     n_threads: int
-    has_exact_rows: bool  # whether its caches can keep them
+
+    def keeps_exact_rows(self, k_type: str, v_type: str) -> bool:
+        """Whether its caches of such types can keep exact rows."""
 
     def start(self, options: CacheOptions, n_ctx: int) -> Context:
         """A new, empty context of at most `n_ctx` tokens. Raises KsortError for options that do not fit."""

@@ -60,7 +60,7 @@ class LoadedModel:
         if query_type is None:
             query_type = self.declared.query_type if CACHE_TYPES[k_type].is_bfp else "f32"
         check_name("query_type", query_type, QUERY_TYPES)
-        if not self.backend.has_exact_rows:
+        if not self.backend.keeps_exact_rows(k_type, v_type):
             exact_tail, exact_sinks = exact_tail or 0, exact_sinks or 0
         exact = exact_rows(k_type, v_type, exact_tail, exact_sinks)
         return CacheOptions(k_type, v_type, block_size or self.declared.block_size, query_type, *exact)

@@ -103,7 +103,10 @@ class NativeModel:
     Contexts of one model may be used from several threads: their steps take turns.
     """
 
-    has_exact_rows = True
+    @staticmethod
+    def keeps_exact_rows(k_type: str, v_type: str) -> bool:
+        """See Backend."""
+        return True
 
     def __init__(
         self, spec: ModelSpec, weights: ModelWeights, plan: KVPlan | None, rope_factors: RopeFactors, n_threads: int

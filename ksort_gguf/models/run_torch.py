@@ -136,7 +136,10 @@ class TorchModel:
     beyond f16.
     """
 
-    has_exact_rows = False
+    @staticmethod
+    def keeps_exact_rows(k_type: str, v_type: str) -> bool:
+        """See Backend."""
+        return v_type != "bf16"
 
     def __init__(
         self, spec: ModelSpec, weights: ModelWeights, plan: KVPlan | None, rope_factors: RopeFactors,

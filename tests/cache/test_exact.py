@@ -68,24 +68,19 @@ def test_what_is_refused(tmp_path, k_type, tail, sinks, field):
         load(path, cache_type_k=k_type, cache_exact_tail=tail, cache_exact_sinks=sinks)
 
 
-def test_a_gpu_has_none(tmp_path):
-    """Catches exact rows asked for on a GPU that are left out without a word, and a default that is refused there."""
-    cuda = pytest.importorskip("ksort_gguf.cache.cuda")
-    with pytest.raises(CacheTypeError, match="`cache_exact_tail` 9"):
-        cuda.check_options(CacheOptions("bfp12", "bfp12", 32, "bfp16", 9), 64)
+def test_devices_without_them_get_none_unasked(tmp_path, monkeypatch):
+    """Catches a default that a device without exact rows would be asked for."""
     loaded = load_model(write_tiny_gguf(tmp_path / "tiny.gguf"), n_threads=1)
     assert loaded.cache_options("bfp12", "f16").exact_tail == 128
-    type(loaded.backend).has_exact_rows = False
-    try:
-        assert loaded.cache_options("bfp12", "f16").exact_tail == 0
-        assert loaded.cache_options("bfp12", "f16", exact_tail=9).exact_tail == 9  # for the cache to refuse
-    finally:
-        type(loaded.backend).has_exact_rows = True
+    monkeypatch.setattr(type(loaded.backend), "keeps_exact_rows", lambda *types: False)
+    assert loaded.cache_options("bfp12", "f16").exact_tail == 0
+    assert loaded.cache_options("bfp12", "f16", exact_tail=9).exact_tail == 9  # for the cache to refuse
 
 
 def test_rings_hold_what_steps_need():
     """Catches a ring that is a row short, or larger than its context."""
     assert [ring_tiles(n, 10**6) for n in (0, 1, 2, 65, 128, 129)] == [0, 1, 2, 2, 3, 3]
+    assert ring_tiles(128, 10**6, 2048) == 34
     assert ring_tiles(128, 64) == 1 and ring_tiles(10**6, 130) == 3
     assert begin_after(0, 0, 100, 2) == 0 and begin_after(0, 100, 100, 2) == 72
     assert begin_after(72, 20, 10, 2) == 20 and begin_after(72, 80, 1, 2) == 72

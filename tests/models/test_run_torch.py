@@ -44,7 +44,14 @@ MODELS = {
 }
 FLOAT = dict(k_type="f32", v_type="f32")
 NO_EXACT_ROWS = dict(exact_tail=0, exact_sinks=0)
-CACHES = [FLOAT, dict(k_type="f16", v_type="bf16"), dict(k_type="bfp12"), dict(k_type="bfp16", v_type="bfp12")]
+CACHES = [
+    FLOAT,
+    dict(k_type="f16", v_type="bf16"),
+    dict(k_type="bfp12"),
+    dict(k_type="bfp16", v_type="bfp12"),
+    dict(k_type="bfp12", exact_tail=40, exact_sinks=4),
+    dict(k_type="bfp12", v_type="bfp12", exact_tail=100, exact_sinks=3),
+]
 
 
 @pytest.fixture(scope="module", params=["stand-in", "cuda"])
@@ -101,13 +108,13 @@ def gpu_model(path, device: str, use_graph: bool = True) -> TorchModel:
 
 def gpu_context(path, device: str, use_graph: bool = True, n_ctx: int = N_CTX, **types):
     return gpu_model(path, device, use_graph).start(
-        load_model(path, n_threads=1).cache_options(**types, **NO_EXACT_ROWS), n_ctx
+        load_model(path, n_threads=1).cache_options(**{**NO_EXACT_ROWS, **types}), n_ctx
     )
 
 
 def cpu_logits(path, tokens, **types):
     loaded = load_model(path, n_threads=2)
-    return loaded.backend.start(loaded.cache_options(**types, **NO_EXACT_ROWS), N_CTX).forward(tokens, len(tokens))
+    return loaded.backend.start(loaded.cache_options(**{**NO_EXACT_ROWS, **types}), N_CTX).forward(tokens, len(tokens))
 
 
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -121,7 +128,7 @@ def bound(types: dict[str, str]) -> float:
 
 
 @pytest.mark.parametrize("plan", ["none", "ksort,balanced"])
-@pytest.mark.parametrize("types", CACHES, ids=lambda types: "-".join(types.values()))
+@pytest.mark.parametrize("types", CACHES, ids=lambda types: "-".join(map(str, types.values())))
 def test_logits_equal_the_cpus(checkpoint, device, tokens, tmp_path, plan, types):
     """Catches a wrong table, address, stride, bias, norm, window or transform: rounding alone is far below that."""
     path = convert(checkpoint, tmp_path / "m.gguf", outtype="f16", plan=plan, block_size=16).path
@@ -145,7 +152,7 @@ def test_float32_is_the_cpus_but_for_roundings(folded, tokens, first):
     assert distance(torch.cat(parts), on_cpu) < 1e-5
 
 
-@pytest.mark.parametrize("types", CACHES, ids=lambda types: "-".join(types.values()))
+@pytest.mark.parametrize("types", CACHES, ids=lambda types: "-".join(map(str, types.values())))
 def test_tokens_one_by_one_equal_all_at_once(folded, device, tokens, types):
     """Catches decode steps whose positions, mask or bound differ from a prompt's, and graphs that do not grow."""
     at_once = gpu_context(folded, device, **types).forward(tokens, 30)
@@ -155,7 +162,7 @@ def test_tokens_one_by_one_equal_all_at_once(folded, device, tokens, types):
     assert distance(single, at_once) < bound(types)
 
 
-@pytest.mark.parametrize("types", CACHES, ids=lambda types: "-".join(types.values()))
+@pytest.mark.parametrize("types", CACHES, ids=lambda types: "-".join(map(str, types.values())))
 def test_graph_equals_eager(folded, device, tokens, types):
     """Catches a captured step that keeps a length, a token or an address of the step that it was captured in."""
     if device != "cuda":
@@ -196,7 +203,7 @@ def test_perplexity_and_divergence_equal_the_cpus(folded, device, tokens):
     text = tokens * 4
     for runner in (loaded.backend, model):
         exact, packed = (
-            protocol.forward_of(runner.start(loaded.cache_options(**types, **NO_EXACT_ROWS), 400))
+            protocol.forward_of(runner.start(loaded.cache_options(**{**NO_EXACT_ROWS, **types}), 400))
             for types in (FLOAT, dict(k_type="bfp12", v_type="bfp12"))
         )
         with Comparison(text, 400, N_VOCAB, bos_id=None) as comparison:
@@ -209,7 +216,7 @@ def test_cache_bytes_are_the_cpus(folded, device, tokens):
     """Catches bytes of the whole context, or of one layer, reported as those in use."""
     loaded = load_model(folded, n_threads=1)
     for types in CACHES:
-        options = loaded.cache_options(**types, **NO_EXACT_ROWS)
+        options = loaded.cache_options(**{**NO_EXACT_ROWS, **types})
         on_cpu, on_gpu = (m.start(options, N_CTX) for m in (loaded.backend, gpu_model(folded, device)))
         for context in (on_cpu, on_gpu):
             context.forward(tokens[:100])
@@ -243,6 +250,7 @@ def test_what_kernels_find_is_reported(folded, device, tokens, n_tokens):
         (("bfp12", "f32", 32, "bfp16"), 64, "`cache_type_v` f32: .* f16, bf16"),
         (("bfp12", "f16", 32, "f32"), 64, "`query_type` f32"),
         (("bfp12", "f16", 16, "bfp16"), 32, "have 32"),
+        (("bfp12", "bf16", 16, "bfp16", 128, 4), 64, "`cache_type_v` bf16: .* `cache_exact_tail` 0"),
     ],
 )
 def test_caches_that_only_the_cpu_runs(options, head_dim, words):

@@ -21,8 +21,20 @@ static int is_supported(const ksort_cuda_cache *cache, const ksort_cuda_tokens *
            x_type == KSORT_F32 && cache->page_stride == cache->page_tiles * cache->tile_stride;
 }
 
-static ksort_cache host_cache(const ksort_cuda_cache *cache)
+/* exact: where the cache's exact rows are described, if it has any. */
+static ksort_cache host_cache(const ksort_cuda_cache *cache, ksort_exact *exact)
 {
+    if (cache->exact)
+        *exact = (ksort_exact){
+            .struct_size = sizeof *exact,
+            .base = cache->exact->base,
+            .tile_stride = cache->exact->tile_stride,
+            .head_stride = cache->exact->head_stride,
+            .n_tiles = cache->exact->n_tiles,
+            .n_tail = cache->exact->n_tail,
+            .n_sinks = cache->exact->n_sinks,
+            .begin = (size_t)cache->exact->begin[0],
+        };
     return (ksort_cache){
         .struct_size = sizeof(ksort_cache),
         .format = cache->format,
@@ -31,6 +43,7 @@ static ksort_cache host_cache(const ksort_cuda_cache *cache)
         .head_stride = cache->head_stride,
         .n_slots = (size_t)cache->page_tiles * KSORT_TILE_TOKENS,
         .n_kv_heads = cache->n_kv_heads,
+        .exact = cache->exact ? exact : NULL,
     };
 }
 
@@ -61,7 +74,8 @@ ksort_status ksort_cuda_pack(const ksort_cuda_pack_args *args, void *stream)
         !is_supported(args->v, tokens, args->x_type) ||
         (uint32_t)tokens->n_cached[0] + tokens->n_tokens > tokens->n_positions)
         return KSORT_ERR_ARGUMENT;
-    ksort_cache caches[2] = {host_cache(args->k), host_cache(args->v)};
+    ksort_exact exact[2];
+    ksort_cache caches[2] = {host_cache(args->k, &exact[0]), host_cache(args->v, &exact[1])};
     ksort_rope rope = host_rope(args->rope, tokens);
     for (int side = 0; side < 2; side++) {
         ksort_pack_args pack = {
@@ -105,7 +119,8 @@ ksort_status ksort_cuda_attend(const ksort_cuda_attend_args *args, void *stream)
         return KSORT_ERR_ARGUMENT;
     if (!args->workspace || args->workspace_bytes < (size_t)256 * tokens->n_tokens)
         return KSORT_ERR_WORKSPACE;
-    ksort_cache k = host_cache(args->k), v = host_cache(args->v);
+    ksort_exact exact[2];
+    ksort_cache k = host_cache(args->k, &exact[0]), v = host_cache(args->v, &exact[1]);
     ksort_rope rope = host_rope(args->rope, tokens);
     ksort_attend_args attend = {
         .struct_size = sizeof attend,
