@@ -80,7 +80,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Step:
-    """A step of a KV plan. `reference`: the function of reference.py that does it."""
+    """A step of a KV plan. `reference`: the function of reference.py (reference_blocks.py) that does it."""
 
     name: str
     tables: tuple[Table, ...]

@@ -2,7 +2,7 @@
 
 The error of a rounded key e moves a query's score by q.e; its mean square over queries is e^T E[q q^T] e. That of a
 rounded value moves the layer's output by Wo e. So an error costs e^T metric e, and the mean of it over samples, rounded
-to BFP12 in the slow NumPy of reference.py, is the expected error.
+to TRIAL_TYPE in the slow NumPy of reference.py, is the expected error.
 """
 
 from collections.abc import Callable
@@ -11,16 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from ksort_gguf.kvplan import Transform
-from ksort_gguf.reference import (
-    decode_blocks,
-    encode_blocks,
-    encode_transformed,
-    reorder,
-    restore_values,
-    transform_keys,
-)
+from ksort_gguf.reference import reorder, restore_values, transform_keys
+from ksort_gguf.reference_blocks import decode_blocks, encode_blocks, encode_transformed
 
-MANTISSA_BITS = 4  # BFP12
+TRIAL_TYPE = "bfp12"  # what samples are rounded to
 NO_GAIN = 0.99  # a plan whose expected error is more of that without a plan does not help
 # A head stays unsorted where its expected error is more of that without: from text, or from the weights alone, which
 # say less well how far channels stand out.
@@ -43,12 +37,12 @@ class Trial:
         """
         folded = self.samples if order is None else reorder(self.samples, order)
         if transform is None:
-            encoded = encode_blocks(folded, MANTISSA_BITS, self.block_size)
-            restored = decode_blocks(*encoded, MANTISSA_BITS, self.block_size)
+            encoded = encode_blocks(folded, TRIAL_TYPE, self.block_size)
+            restored = decode_blocks(*encoded, TRIAL_TYPE, self.block_size)
         else:
             y = transform_keys(folded, transform)
-            encoded = encode_transformed(y, MANTISSA_BITS, self.block_size, transform.feedback)
-            restored = restore_values(decode_blocks(*encoded, MANTISSA_BITS, self.block_size), transform)
+            encoded = encode_transformed(y, TRIAL_TYPE, self.block_size, transform.feedback)
+            restored = restore_values(decode_blocks(*encoded, TRIAL_TYPE, self.block_size), transform)
         if order is not None:
             restored = reorder(restored, np.argsort(order, axis=1))
         error = (restored - self.samples).astype(np.float64).swapaxes(0, 1)  # [n_kv_heads, n, d]
