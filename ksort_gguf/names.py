@@ -29,7 +29,7 @@ class CacheType:
     queries: bool = False  # whether queries may be rounded to it
 
     def tile_bytes(self, head_dim: int, block_size: int) -> int:
-        """Bytes of one tile: TILE_TOKENS tokens of one head, mantissas then exponents (FORMAT.md, 'Tiles')."""
+        """Bytes of one tile: TILE_TOKENS tokens of one head, mantissas then scale bytes (FORMAT.md, 'Tiles')."""
         if not self.is_bfp:
             return TILE_TOKENS * head_dim * self.value_bits // 8
         group = _GROUP_CHANNELS[self.value_bits]
@@ -38,7 +38,7 @@ class CacheType:
         return TILE_TOKENS * (n_groups * group * self.value_bits // 8 + n_blocks)
 
     def bits_per_value(self, head_dim: int, block_size: int) -> float:
-        """Mean stored bits per value for heads of `head_dim` channels, exponents and padding included."""
+        """Mean stored bits per value for heads of `head_dim` channels, scale bytes and padding included."""
         return self.tile_bytes(head_dim, block_size) * 8 / (TILE_TOKENS * head_dim)
 
 

@@ -6,8 +6,8 @@
                       plan that is made here: a name or steps as `ksort-gguf plan --plan` takes them, but joined by +,
                       from the weights, or with :text from Python's documentation: bfp12@order+shift+scale:text
 
-Our types go through the real packed cache: f32 f16 bf16 bfp16 bfp14 bfp12, the BFP ones in blocks of 32 unless a block
-size follows, as in bfp12-64. All others are simulations (simulated_caches).
+Our types go through the real packed cache: f32 f16 bf16 bfp16 bfp14 bfp12 sbfp12 sbfp11, the last five in blocks of 32
+unless a block size follows, as in bfp12-64. All others are simulations (simulated_caches).
 """
 
 import dataclasses

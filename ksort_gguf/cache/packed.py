@@ -35,9 +35,9 @@ class PackedCache:
         self, *, n_kv_heads: int, head_dim: int, n_ctx: int, cache_type_k: str = "bfp12", cache_type_v: str = "bfp12",
         block_size: int | None = None, query_type: str | None = None, plan: KVPlan | None = None, layer: int = 0,
     ):  # fmt: skip
-        """n_ctx: tokens that it may hold. block_size: channels that share an exponent (default 32).
+        """n_ctx: tokens that it may hold. block_size: channels that share an exponent or scale (default 32).
 
-        query_type: what queries are rounded to, "bfp16" beside BFP keys unless "f32" is asked for. plan: that of the
+        query_type: what queries are rounded to, "bfp16" beside BFP and SBFP keys unless "f32" is asked for. plan: that of the
         model, with channels in the plan's row order, and `layer` the layer in it; it acts on BFP types.
         Raises CacheTypeError, PlanError and ContextError naming the argument that does not fit.
         """

@@ -19,7 +19,7 @@ class CacheOptions:
 
     k_type: str
     v_type: str
-    block_size: int  # of keys and values where they are BFP, and of BFP16 queries
+    block_size: int  # of keys and values where they are BFP or SBFP, and of BFP16 queries
     query_type: str
 
     @property
