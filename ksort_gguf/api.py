@@ -26,8 +26,8 @@ def load(
     plan: a plan file or a KVPlan made for this file; or the name of a plan, such as "balanced", which is then made from
     the weights. cache_type_k, cache_type_v: how keys and values are stored, of f32 f16 bf16 bfp16 bfp14 bfp12 sbfp12
     sbfp11 (default: what the file declares; else f16, but bfp12 keys where there is a plan). block_size: channels that
-    share an exponent or scale. query_type: what queries are rounded to, bfp16 beside BFP and SBFP keys. device: "cpu" or
-    "cuda". n_ctx: tokens of a context, 0 for what the model was trained for. n_threads: CPU threads, 0 for all.
+    share an exponent or scale. query_type: what queries are rounded to, bfp16 beside BFP and SBFP keys. device: "cpu"
+    or "cuda". n_ctx: tokens of a context, 0 for what the model was trained for. n_threads: CPU threads, 0 for all.
     Raises KsortError (errors.py) naming the file, key or argument.
     """
     from ksort_gguf.engine.llm import LLM

@@ -37,8 +37,8 @@ class PackedCache:
     ):  # fmt: skip
         """n_ctx: tokens that it may hold. block_size: channels that share an exponent or scale (default 32).
 
-        query_type: what queries are rounded to, "bfp16" beside BFP and SBFP keys unless "f32" is asked for. plan: that of the
-        model, with channels in the plan's row order, and `layer` the layer in it; it acts on BFP types.
+        query_type: what queries are rounded to, "bfp16" beside BFP and SBFP keys unless "f32" is asked for. plan: that
+        of the model, with channels in the plan's row order, and `layer` the layer in it; it acts on BFP and SBFP types.
         Raises CacheTypeError, PlanError and ContextError naming the argument that does not fit.
         """
         check_name("cache_type_k", cache_type_k, K_TYPES)
