@@ -35,7 +35,7 @@ class CacheType:
         return self.is_bfp and self.value_bits <= 4
 
     def tile_bytes(self, head_dim: int, block_size: int) -> int:
-        """Bytes of one tile: TILE_TOKENS tokens of one head, mantissas then exponents (FORMAT.md, 'Tiles')."""
+        """Bytes of one tile: TILE_TOKENS tokens of one head, mantissas then scale bytes (FORMAT.md, 'Tiles')."""
         if not self.is_bfp:
             return TILE_TOKENS * head_dim * self.value_bits // 8
         group = _GROUP_CHANNELS[self.value_bits]
@@ -44,7 +44,7 @@ class CacheType:
         return TILE_TOKENS * (n_groups * group * self.value_bits // 8 + n_blocks)
 
     def bits_per_value(self, head_dim: int, block_size: int) -> float:
-        """Mean stored bits per value for heads of `head_dim` channels, exponents and padding included."""
+        """Mean stored bits per value for heads of `head_dim` channels, scale bytes and padding included."""
         return self.tile_bytes(head_dim, block_size) * 8 / (TILE_TOKENS * head_dim)
 
 
@@ -90,7 +90,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Step:
-    """A step of a KV plan. `reference`: the function of reference.py that does it."""
+    """A step of a KV plan. `reference`: the function of reference.py (reference_blocks.py) that does it."""
 
     name: str
     tables: tuple[Table, ...]

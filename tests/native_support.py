@@ -13,14 +13,22 @@ from ksort_gguf.binding import cpu, ffi
 from ksort_gguf.kvplan import RopeTables, Transform
 from ksort_gguf.models.rope import folded_tables, stock_tables
 from ksort_gguf.names import BLOCK_SIZES
+from ksort_gguf.reference_blocks import SCALED_TYPES
 
-BFP_TYPES = tuple(reference.MANTISSA_BITS)
+BFP_TYPES = tuple(reference.MANTISSA_BITS)  # all in blocks
 FLOAT_TYPES = tuple(reference.FLOAT_BYTES)
 # head_dim, block_size: whole blocks, ragged last blocks, padded words, the smallest head, the largest
 BFP_SHAPES = (
     *((16, 16), (18, 16), (34, 32), (64, 16), (64, 32), (64, 64), (80, 32), (80, 64), (90, 16), (90, 64), (96, 32)),
     *((96, 64), (128, 32), (128, 128), (250, 64), (256, 128), (256, 16)),
 )
+# Scale bytes of every kind that encoders make: zero blocks, small and usual ones, subnormal scales, and any sign.
+SCALE_BYTES = {
+    name: [0, 1, 3, 0x2C, 0x38, 0x3C, 0x3E, 0x81, 0xBD, 0xC0]
+    if name in SCALED_TYPES
+    else [0, 1, 90, 120, 124, 126, 127, 128]
+    for name in BFP_TYPES
+}
 FLOAT_HEAD_DIMS = (2, 6, 80, 90, 128, 256)
 
 
@@ -240,14 +248,16 @@ SHARE = 0.05
 
 
 def integer_bound(v: np.ndarray, v_type: str | None) -> float:
-    """What multiplying BFP12 values by integers may add to attend_bound; 0 for other types.
+    """What multiplying BFP12 and SBFP12 values by integers may add to attend_bound; 0 for other types.
 
     weight * step is rounded to units of 2^-16 of a tile's largest weight times its largest step, twice where the step
     is smaller than the largest: off by at most 1/2 + 1/4. A value is at most 2 steps, so 64 tokens err by no more than
     64 * 2 * 3/4 * 2^-16 = 1.5 * 2^-10 of it; they are held to 2^-10. A block's largest value is at least its step, so
     that is 2^-10 V times a weight of the tile, and the tiles' largest weights sum to no more than all weights.
+    SBFP12: weight * scale is rounded once, to units of 1/32639 of that: off by at most 2^-16. A value is at most 8
+    scales, and the largest of a block 6 scales or more (7 from the nearest encoder): 64 * 8/6 * 2^-16, 4/3 * 2^-10 V.
     """
-    return 2.0**-10 * float(np.abs(v).max()) if v_type == "bfp12" else 0.0
+    return 2.0**-10 * float(np.abs(v).max()) if v_type in ("bfp12", "sbfp12") else 0.0
 
 
 def assert_close(out, k, v, q, first_slot, scale, window, v_type=None) -> None:

@@ -8,23 +8,55 @@ from native_support import BFP_TYPES, drawn, nasty_rows, random_formats
 from ksort_gguf import reference
 from ksort_gguf.models.rope import stock_tables
 from ksort_gguf.names import CACHE_TYPES
+from ksort_gguf.reference_blocks import SCALED_TYPES, largest_magnitude
 
 
 def test_nearest_encoder_by_hand():
     """Catches a step off by one bit, ties away from zero, and a clamp at -8: block maximum 7.9 gives step 1, e = 2."""
     x = np.zeros((1, 16), np.float32)
     x[0, :8] = [7.9, -7.9, 0.5, 1.5, 2.5, -2.5, 0.49, 6.51]
-    mantissas, exponents = reference.encode_blocks(x, 4, 16)
+    mantissas, exponents = reference.encode_blocks(x, "bfp12", 16)
     assert mantissas[0, :8].tolist() == [7, -7, 0, 2, 2, -2, 0, 7]
     assert exponents.tolist() == [[2 + 127]]
 
 
 @pytest.mark.parametrize(
-    ("exponent", "mantissa", "value"), [(0, 5, 0.0), (129, -8, -8.0), (1, 1, 2.0**-128), (127, 7, 1.75)]
+    ("largest", "code", "mantissas"),
+    [
+        (7.0, 0x3C, [7, -7, 0, 2, 2, -2]),  # scale 1
+        (7.875, 0x3C, [7, -7, 0, 1, 2, -2]),  # 1.125, a tie: to the even 1; 1.5 / 1.125 = 1.33, 2.5 / 1.125 = 2.22
+        (9.625, 0x3E, [7, -7, 0, 1, 2, -2]),  # 1.375, a tie: to the even 1.5
+        (7 * 57344.0, 0x7B, [7, -7, 0, 0, 0, 0]),
+    ],
 )
-def test_decode_by_hand(exponent, mantissa, value):
-    """Catches decoders that forget E = 0, the smallest two's complement mantissa, or subnormal results (m = 4)."""
-    decoded = reference.decode_blocks(np.array([[mantissa]], np.int8), np.array([[exponent]], np.uint8), 4, 16)
+def test_nearest_scales_by_hand(largest, code, mantissas):
+    """Catches ties away from even codes, and mantissas divided by the scale as stored; m = 4."""
+    x = np.zeros((1, 16), np.float32)
+    x[0, :6] = [largest, -largest, 0.5, 1.5, 2.5, -2.5]
+    stored, codes = reference.encode_blocks(x, "sbfp12", 16)
+    assert codes.tolist() == [[code]] and stored[0, :6].tolist() == mantissas
+
+
+@pytest.mark.parametrize(("scale", "code"), [(2.0**-17, 0), (2.0**-17 * 1.01, 1), (2.0**-16 * 1.5, 2), (2.0**-14, 4)])
+def test_smallest_scales(scale, code):
+    """Catches subnormal scales rounded as if they were normal: steps of 2^-16 below 2^-14."""
+    mantissas, codes = reference.encode_blocks(np.full((1, 16), 3 * scale, np.float32), "sbfp11", 16)
+    assert codes.tolist() == [[code]]
+    assert (mantissas == (3 if code else 0)).all()
+
+
+@pytest.mark.parametrize(
+    ("type_name", "code", "mantissa", "value"),
+    [
+        *(("bfp12", 0, 5, 0.0), ("bfp12", 129, -8, -8.0), ("bfp12", 1, 1, 2.0**-128), ("bfp12", 127, 7, 1.75)),
+        *(("sbfp12", 0, 5, 0.0), ("sbfp12", 0x3D, -8, -10.0), ("sbfp12", 0x80, 7, 0.0), ("sbfp12", 0x01, 1, 2.0**-16)),
+        *(("sbfp12", 0xFB, -8, 8 * 57344.0), ("sbfp11", 0x3E, -4, -6.0), ("sbfp11", 0x7C, 1, np.inf)),
+    ],
+)
+def test_decode_by_hand(type_name, code, mantissa, value):
+    """Catches decoders that forget E = 0, the smallest two's complement mantissa, subnormals, or signs."""
+    stored = np.array([[mantissa]], np.int8), np.array([[code]], np.uint8)
+    decoded = reference.decode_blocks(*stored, type_name, 16)
     assert decoded.tolist() == [[value]]
 
 
@@ -43,9 +75,16 @@ def test_words_by_hand():
         expected[low_word, byte] = 0xF << 4 * low_half
         expected[2, byte] |= 0b11 << 2 * (channel // 4)
         assert (words == expected).all()
+    for channel in range(32):
+        one = np.zeros(32, np.int8)
+        one[channel] = -1  # bits 111
+        expected = np.zeros((3, 4), np.uint8)
+        expected[channel // 16, channel % 4] = 0b11 << 2 * (channel % 16 // 4)
+        expected[2, channel % 4] = 1 << channel // 4
+        assert (reference.pack_words(one, 3) == expected).all()
 
 
-@pytest.mark.parametrize("mantissa_bits", [4, 6, 8])
+@pytest.mark.parametrize("mantissa_bits", [3, 4, 6, 8])
 @pytest.mark.parametrize("head_dim", [2, 6, 16, 80, 90])
 def test_words_round_trip(rng, mantissa_bits, head_dim):
     """Catches a padding or sign-extension slip: every mantissa comes back, padding is zero."""
@@ -102,18 +141,19 @@ def test_float_overflow_raises(type_name):
 def test_encoder_refuses_non_finite(bad):
     """Catches an exponent made from NaN or infinity."""
     with pytest.raises(ValueError, match="NaN"):
-        reference.encode_blocks(np.array([[1.0, bad]], np.float32), 4, 16)
+        reference.encode_blocks(np.array([[1.0, bad]], np.float32), "bfp12", 16)
 
 
 @drawn(12, type_name=BFP_TYPES, block_size=(16, 32, 64, 128), head_dim=(90, 128))
 def test_encoder_equals_dmx(rng, type_name, block_size, head_dim):
-    """Catches any departure from d-Matrix's BFP[m|8]{n}(SN), short last blocks included."""
-    bits = reference.MANTISSA_BITS[type_name]
-    x = nasty_rows(rng, 600, head_dim, bits)
+    """Catches any departure from d-Matrix's BFP[m|8]{n}(SN) and SBFP, short last blocks included."""
+    x = nasty_rows(rng, 600, head_dim, reference.MANTISSA_BITS[type_name])
+    if type_name in SCALED_TYPES:
+        x = np.clip(x, -largest_magnitude(type_name), largest_magnitude(type_name))
     ours = reference.round_blocks(x, type_name, block_size)
-    comparable = dmx_is_exact(x, bits, block_size)
+    comparable = dmx_is_exact(x, type_name, block_size)
     assert comparable.mean() > 0.5
-    assert (ours == dmx_cast(x, bits, block_size))[comparable].all()
+    assert (ours == dmx_cast(x, type_name, block_size))[comparable].all()
 
 
 @pytest.mark.parametrize("row_order", ["half", "interleaved"])

@@ -6,6 +6,7 @@ from native_support import BFP_SHAPES, RUN_TIME_STEPS, drawn, nasty_rows, random
 
 from ksort_gguf import reference
 from ksort_gguf.kvplan import Transform
+from ksort_gguf.reference_blocks import MANTISSA_BITS, SCALED_TYPES, decode_blocks, encode_blocks, encode_transformed
 
 
 def hadamard(n: int) -> np.ndarray:
@@ -72,7 +73,7 @@ def test_exponent_of_least_error_by_hand(largest, exponent, mantissas):
     """
     x = np.full((1, 1, 16), 1.3, np.float32)
     x[..., 0] = largest
-    stored, exponents = reference.encode_transformed(x, 4, 16, None)
+    stored, exponents = encode_transformed(x, "bfp12", 16, None)
     assert exponents.tolist() == [[[127 + exponent]]]
     assert stored[0, 0, :3].tolist() == mantissas
 
@@ -85,7 +86,7 @@ def test_smallest_exponents(power, exponent):
     """
     x = np.full((1, 1, 16), 1.3, np.float32)
     x[..., 0] = 4.4
-    _, exponents = reference.encode_transformed(np.ldexp(x, power), 4, 16, None)
+    _, exponents = encode_transformed(np.ldexp(x, power), "bfp12", 16, None)
     assert exponents.tolist() == [[[exponent]]]
 
 
@@ -99,31 +100,58 @@ def test_feedback_by_hand():
     feedback = np.zeros((1, 16, 16), np.float32)
     feedback[0, 0, 1], feedback[0, 1, 2], feedback[0, 3, 2] = 0.5, -0.5, 100.0  # the last one lies below the diagonal
     for used, expected in ((None, [4, 3, 1, 7]), (feedback, [4, 2, 2, 7])):
-        mantissas, exponents = reference.encode_transformed(x, 4, 16, used)
+        mantissas, exponents = encode_transformed(x, "bfp12", 16, used)
         assert mantissas[0, 0, :4].tolist() == expected
         assert exponents.tolist() == [[[127 + 2]]]
 
 
-def squared_error(x, mantissas, exponents, bits, block_size) -> np.ndarray:
+def squared_error(x, mantissas, codes, type_name, block_size) -> np.ndarray:
     """float64 [rows, blocks] of float32 x [rows, d]."""
-    error = (reference.decode_blocks(mantissas, exponents, bits, block_size).astype(float) - x) ** 2
+    error = (decode_blocks(mantissas, codes, type_name, block_size).astype(float) - x) ** 2
     return np.stack([error[:, start : start + block_size].sum(axis=1) for start in range(0, x.shape[1], block_size)], 1)
 
 
-@drawn(18, bits=(4, 6, 8), shape=BFP_SHAPES)
-def test_least_error_is_never_above_nearest(rng, bits, shape):
+@drawn(18, type_name=("bfp12", "bfp14", "bfp16"), shape=BFP_SHAPES)
+def test_least_error_is_never_above_nearest(rng, type_name, shape):
     """Catches sums of errors compared in different units, or over another block's channels."""
     head_dim, block_size = shape
-    x = np.clip(nasty_rows(rng, 300, head_dim, bits), -1e30, 1e30)
-    mantissas, exponents = reference.encode_transformed(x[:, None], bits, block_size, None)
-    ours = squared_error(x, mantissas[:, 0], exponents[:, 0], bits, block_size)
-    nearest = squared_error(x, *reference.encode_blocks(x, bits, block_size), bits, block_size)
+    x = np.clip(nasty_rows(rng, 300, head_dim, MANTISSA_BITS[type_name]), -1e30, 1e30)
+    mantissas, codes = encode_transformed(x[:, None], type_name, block_size, None)
+    ours = squared_error(x, mantissas[:, 0], codes[:, 0], type_name, block_size)
+    nearest = squared_error(x, *encode_blocks(x, type_name, block_size), type_name, block_size)
     assert (ours <= nearest * (1 + 1e-5)).all()  # float32 sums decide between near equals
     assert (ours < 0.9 * nearest).any()
 
 
-@pytest.mark.parametrize("bits", [4, 6, 8])
-def test_feedback_lowers_the_weighted_error(rng, bits):
+@pytest.mark.parametrize("block_size", [16, 32, 64, 128])
+@pytest.mark.parametrize("type_name", SCALED_TYPES)
+def test_signed_scales_lower_the_error(rng, type_name, block_size):
+    """Catches a search that loses to the nearest encoder of SBFP; on single blocks it may."""
+    x = rng.standard_normal((300, 1, 128)).astype(np.float32)
+    nearest = squared_error(x[:, 0], *encode_blocks(x[:, 0], type_name, block_size), type_name, block_size)
+    mantissas, codes = encode_transformed(x, type_name, block_size, None)
+    ours = squared_error(x[:, 0], mantissas[:, 0], codes[:, 0], type_name, block_size)
+    assert ours.mean() < 0.92 * nearest.mean()
+    assert (codes >> 7).mean() == pytest.approx(0.5, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("largest", "code", "mantissas"),
+    [(8.0, 0xBC, [-8, -1, 1]), (-8.0, 0x3C, [-8, 1, -1]), (10.0, 0xBD, [-8, -1, 1]), (9.0, 0xBC, [-8, -1, 1])],
+)
+def test_scale_of_least_error_by_hand(largest, code, mantissas):
+    """Catches a scale of the largest value's own sign, mantissa 7 for it, and the scale above kept where the one below
+    is better: 9 is nearest to -8 * -1 beside 15 channels of 1 and -1, which are no multiples of 1.25; m = 4."""
+    x = np.ones((1, 1, 16), np.float32)
+    x[..., 2:] = -1.0
+    x[..., 0] = largest
+    stored, codes = encode_transformed(x, "sbfp12", 16, None)
+    assert codes.tolist() == [[[code]]]
+    assert stored[0, 0, :3].tolist() == mantissas
+
+
+@pytest.mark.parametrize("type_name", MANTISSA_BITS)
+def test_feedback_lowers_the_weighted_error(rng, type_name):
     """Catches feedback that helps no query: e^T H e must fall well below plain rounding's for correlated queries."""
     head_dim, n_tokens = 64, 400
     queries = rng.standard_normal((1000, 12)) @ rng.standard_normal((12, head_dim))  # 12 directions that matter
@@ -134,8 +162,8 @@ def test_feedback_lowers_the_weighted_error(rng, bits):
     x = rng.standard_normal((n_tokens, 1, head_dim)).astype(np.float32)
     weighted = []
     for used in (None, feedback[None]):
-        mantissas, exponents = reference.encode_transformed(x, bits, 32, used)
-        error = (reference.decode_blocks(mantissas, exponents, bits, 32).astype(float) - x)[:, 0]
+        encoded = encode_transformed(x, type_name, 32, used)
+        error = (decode_blocks(*encoded, type_name, 32).astype(float) - x)[:, 0]
         weighted.append(np.einsum("tc,cd,td->", error, metric, error))
     assert weighted[1] < 0.5 * weighted[0]
 
@@ -144,7 +172,7 @@ def test_feedback_lowers_the_weighted_error(rng, bits):
 def test_non_finite_is_refused(bad):
     """Catches an exponent made from NaN or infinity."""
     with pytest.raises(ValueError, match="NaN"):
-        reference.encode_transformed(np.full((1, 1, 16), bad, np.float32), 4, 16, None)
+        encode_transformed(np.full((1, 1, 16), bad, np.float32), "bfp12", 16, None)
 
 
 def test_no_steps_change_nothing(rng):

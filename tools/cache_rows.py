@@ -9,8 +9,8 @@
 Any of them may end in ~tail=N, ~sink=S or both: each query finds the newest N tokens, its own included, and the first S
 tokens in f16, the others as stored. What a row does not say is 0, or what --tail and --sink say.
 
-Our types go through the real packed cache: f32 f16 bf16 bfp16 bfp14 bfp12, the BFP ones in blocks of 32 unless a block
-size follows, as in bfp12-64. All others are simulations (simulated_caches).
+Our types go through the real packed cache: f32 f16 bf16 bfp16 bfp14 bfp12 sbfp12 sbfp11, the last five in blocks of 32
+unless a block size follows, as in bfp12-64. All others are simulations (simulated_caches).
 """
 
 import dataclasses

@@ -37,9 +37,9 @@ class PackedCache:
         block_size: int | None = None, query_type: str | None = None, plan: KVPlan | None = None, layer: int = 0,
         exact_tail: int | None = None, exact_sinks: int | None = None,
     ):  # fmt: skip
-        """n_ctx: tokens that it may hold. block_size: channels that share an exponent (default 32).
+        """n_ctx: tokens that it may hold. block_size: channels that share an exponent or scale (default 32).
 
-        query_type: what queries are rounded to, "bfp16" beside BFP keys unless "f32" is asked for. plan: that of the
+        query_type: what queries are rounded to, "bfp16" beside BFP and SBFP keys unless "f32" is asked for. plan: that of the
         model, with channels in the plan's row order, and `layer` the layer in it; it acts on BFP types. exact_tail,
         exact_sinks: how many of the newest and of the first tokens a query reads in f16, which are kept beside BFP
         types (default: 128 and 4 beside types of 4 bits or less; 0 for none). A query finds all of its tail where it

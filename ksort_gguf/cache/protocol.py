@@ -23,7 +23,7 @@ class CacheOptions:
 
     k_type: str
     v_type: str
-    block_size: int  # of keys and values where they are BFP, and of BFP16 queries
+    block_size: int  # of keys and values where they are BFP or SBFP, and of BFP16 queries
     query_type: str
     exact_tail: int = 0
     exact_sinks: int = 0

@@ -41,12 +41,12 @@ def add_model_arguments(parser: argparse.ArgumentParser, default_ctx: int) -> No
         "--block-size",
         type=int,
         choices=BLOCK_SIZES,
-        help="channels that share an exponent (default: what the file declares; 32)",
+        help="channels that share an exponent or scale (default: what the file declares; 32)",
     )
     parser.add_argument(
         "--query-type",
         choices=QUERY_TYPES,
-        help="what queries are rounded to (default: bfp16 beside BFP keys, f32 beside float keys)",
+        help="what queries are rounded to (default: bfp16 beside BFP and SBFP keys, f32 beside float keys)",
     )
     add_exact_arguments(parser)
     add_device_arguments(parser)

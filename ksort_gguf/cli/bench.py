@@ -36,7 +36,7 @@ def configure_parser(subparsers: "Subparsers") -> None:
     parser.add_argument("-d", "--n-depth", default="0", metavar="N,..", help="tokens in the cache before the test")
     parser.add_argument("-ctk", "--cache-type-k", metavar="TYPE,..", help=f"of {', '.join(K_TYPES)}")
     parser.add_argument("-ctv", "--cache-type-v", metavar="TYPE,..", help=f"of {', '.join(V_TYPES)}")
-    parser.add_argument("--block-size", type=int, choices=BLOCK_SIZES, help="channels that share an exponent")
+    parser.add_argument("--block-size", type=int, choices=BLOCK_SIZES, help="channels that share an exponent or scale")
     parser.add_argument("-t", "--threads", type=int, default=0, metavar="N", help="CPU threads (default: all)")
     add_exact_arguments(parser)
     add_device_arguments(parser)

@@ -87,7 +87,7 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
         "--block-size",
         type=int,
         metavar="N",
-        help=f"channels that share an exponent: {', '.join(map(str, BLOCK_SIZES))} (default: 32)",
+        help=f"channels that share an exponent or scale: {', '.join(map(str, BLOCK_SIZES))} (default: 32)",
     )
 
 

@@ -43,8 +43,9 @@ typedef enum ksort_status {
     KSORT_ERR_ROPE = 8,        /* a table entry is out of range, cos or sin is not finite, or partners do not pair up */
     KSORT_ERR_NON_FINITE = 9,  /* NaN or infinity in a key, value or query, or in the scores or sums they make */
     KSORT_ERR_RANGE = 10,      /* a finite key or value, after RoPE, is too large for the cache type (f16: beyond 65504,
-                                  bf16: beyond 0x7F7F as bits, others: beyond float32), or after a transform 2^120 or
-                                  more, or beyond 65504 where the cache has exact rows */
+                                  bf16: beyond 0x7F7F as bits, SBFP12: beyond 7 * 57344, SBFP11: beyond 3 * 57344, with
+                                  a transform after it; others: beyond float32, or after a transform 2^120 or more; where the cache
+                                  has exact rows also beyond 65504) */
     KSORT_ERR_WORKSPACE = 11,  /* workspace is smaller than ksort_attend_workspace_bytes asks for */
     KSORT_ERR_KERNELS = 12,    /* unknown kernel level, or one that this CPU does not support */
     KSORT_ERR_THREADS = 13,    /* the system refused memory or threads for the pool */
@@ -97,7 +98,7 @@ typedef struct ksort_rope {
  *   permutation: y[i] = y[permutation[i]]
  *   rounding: exponents by least squared error, the whole mantissa range; with feedback, each channel's rounding error
  *             times feedback[c][j] is taken from every later channel j before that one is rounded
- * BFP cache types only. Attention undoes it: queries become W (q / scale), permuted, and the softmax does not see the
+ * BFP and SBFP cache types only. Attention undoes it: queries become W (q / scale), permuted, and the softmax does not see the
  * shift of keys; of values, out, permuted back, becomes (W out) / scale + shift. The last mandatory field is rotate. */
 typedef struct ksort_transform {
     size_t struct_size;
@@ -190,8 +191,8 @@ typedef struct ksort_pack_args {
 ksort_status ksort_pack(const ksort_pack_args *args, uint32_t ith, uint32_t nth);
 
 /* Unpack slots first_slot .. first_slot+n_tokens-1 to out [n_tokens, n_kv_heads, head_dim], contiguous float32,
- * exactly (a BFP block of exponent 255, which no encoder makes, may reach beyond float32: infinity, and attend says
- * _NON_FINITE).
+ * exactly (blocks that no encoder makes, of a BFP exponent of 255 or an SBFP scale that is f16's infinity or NaN, are not
+ * finite, and attend says _NON_FINITE).
  * For tests and tools: attention never needs it. Exact rows are not looked at.
  * Returns KSORT_OK, _ARGUMENT, _STRUCT_SIZE, _TYPE, _HEAD_DIM, _BLOCK_SIZE, _ALIGNMENT. */
 ksort_status ksort_unpack(const ksort_cache *cache, size_t first_slot, uint32_t n_tokens, float *out);

@@ -6,6 +6,7 @@ from native_support import (
     BFP_TYPES,
     EXP_ERROR,
     FLOAT_TYPES,
+    SCALE_BYTES,
     UNIT,
     Shape,
     assert_close,
@@ -21,6 +22,7 @@ from native_support import (
 from ksort_gguf import reference
 from ksort_gguf.binding import cpu
 from ksort_gguf.errors import KsortError
+from ksort_gguf.reference_blocks import SCALED_TYPES
 
 SCORES = [(k_type, query_type) for k_type in BFP_TYPES + FLOAT_TYPES for query_type in ("f32", "bfp16")]
 
@@ -47,14 +49,14 @@ def test_tiny_heads(level, rng, head_dim, n_queries):
     assert_close(out, *used, 50, 0.7, 0)
 
 
-@drawn(8, scores=SCORES[: 2 * len(BFP_TYPES)], n_queries=[1, 19])
+@drawn(12, scores=SCORES[: 2 * len(BFP_TYPES)], n_queries=[1, 19])
 def test_any_stored_bytes(level, rng, scores, n_queries):
     """Catches kernels that only read our encoder's bytes: mantissa -2^(m-1), E = 0 or padding with mantissas set."""
     k_type, query_type = scores
     head_dim, block_size, n_slots = 90, 32, 128
     k_cache, tiles = new_cache(k_type, head_dim, block_size, 1, n_slots)
     tiles[:] = rng.integers(0, 256, tiles.shape)
-    tiles[..., -64 * 3 :] = rng.choice([0, 1, 90, 120, 124, 126, 127, 128], (2, 1, 64 * 3))  # exponents
+    tiles[..., -64 * 3 :] = rng.choice(SCALE_BYTES[k_type], (2, 1, 64 * 3))
     v_cache, _ = new_cache("f32", head_dim, block_size, 1, n_slots)
     v_cache.pack(rng.standard_normal((n_slots, 1, head_dim)).astype(np.float32), 0)
     q = rng.standard_normal((n_queries, 2, head_dim)).astype(np.float32)
@@ -63,7 +65,7 @@ def test_any_stored_bytes(level, rng, scores, n_queries):
     assert_close(out, k_cache.unpack(0, n_slots), v_cache.unpack(0, n_slots), q_used, n_slots - n_queries, 0.1, 0)
 
 
-@pytest.mark.parametrize("k_type", ["bfp12", "f16"])
+@pytest.mark.parametrize("k_type", ["bfp12", "sbfp12", "f16"])
 @pytest.mark.parametrize("n_queries", [1, 3])
 def test_splits_agree(level, rng, k_type, n_queries):
     """Catches a merge of splits that loses one, weighs one wrongly, or a part that has no work and leaves garbage."""
@@ -123,7 +125,7 @@ def test_folding_changes_nothing(level, rng):
     assert (difference <= 2 * attend_bound(rotated(k, stock, cos, sin), v, turned_q, first_slot, scale)).all()
 
 
-@drawn(12, scores=SCORES, bad=[np.nan, np.inf, -np.inf])
+@drawn(16, scores=SCORES, bad=[np.nan, np.inf, -np.inf])
 def test_non_finite_queries_are_refused(level, rng, scores, bad):
     """Catches NaN in a query, in any channel, that becomes a plausible answer."""
     k_type, query_type = scores
@@ -146,16 +148,17 @@ def test_overflowing_scores_are_an_error(level, scores, n_queries, n_large):
     k_cache, _ = new_cache(k_type, 32, 32, 1, 64)
     v_cache, _ = new_cache("f32", 32, 32, 1, 64)
     k = np.ones((64, 1, 32), np.float32)
-    k[:n_large] = 1e30
+    k_large, q_large = (1e5, 1e35) if k_type in SCALED_TYPES else (1e30, 1e30)
+    k[:n_large] = k_large
     k_cache.pack(k, 0)
     v_cache.pack(np.ones((64, 1, 32), np.float32), 0)
     for sign in (1, -1):
-        q = np.full((n_queries, 1, 32), sign * 1e30, np.float32)
+        q = np.full((n_queries, 1, 32), sign * q_large, np.float32)
         with pytest.raises(KsortError, match="NaN or infinity"):
             cpu.attend(k_cache, v_cache, q, 64 - n_queries, scale=1.0, query_type=query_type)
 
 
-@drawn(10, v_type=["f32", "bf16", *BFP_TYPES], n_queries=[1, 17], nth=[1, 2])
+@drawn(10, v_type=["f32", "bf16", "bfp16", "bfp14", "bfp12"], n_queries=[1, 17], nth=[1, 2])
 def test_overflowing_sums_are_an_error(level, v_type, n_queries, nth):
     """Catches infinity as an answer: the weighted sum of the largest values overflows although their mean would not."""
     k_cache, _ = new_cache("bfp12", 32, 32, 1, 128)
@@ -191,6 +194,7 @@ def test_extreme_magnitudes(level, rng, scores, power):
     """Catches block factors that overflow or vanish before they meet: tiny keys times huge queries are plain scores."""
     k_type, query_type = scores
     head_dim, n_tokens, n_queries = 80, 70, 3
+    power = power // 10 if k_type in SCALED_TYPES else power  # within what scales reach
     k = np.ldexp(rng.standard_normal((n_tokens, 1, head_dim)), power).astype(np.float32)
     q = np.ldexp(rng.standard_normal((n_queries, 2, head_dim)), -power).astype(np.float32)
     k_cache, _ = new_cache(k_type, head_dim, 32, 1, n_tokens)
@@ -203,7 +207,10 @@ def test_extreme_magnitudes(level, rng, scores, power):
     assert_close(out, *used, n_tokens - n_queries, 0.1, 0)
 
 
-@pytest.mark.parametrize(("k_type", "v_type"), [("bfp12", "f16"), ("bfp16", "bfp12"), ("f16", "bfp14")])
+@pytest.mark.parametrize(
+    ("k_type", "v_type"),
+    [("bfp12", "f16"), ("bfp16", "bfp12"), ("f16", "bfp14"), ("sbfp12", "sbfp11"), ("sbfp11", "sbfp12")],
+)
 def test_prompt_and_single_queries_agree(level, rng, k_type, v_type):
     """Catches the many-row path and the one-row path computing different attention."""
     shape = Shape(64, 32, 6, 2, 60, 40, 0, 64, v_type, 2)

@@ -68,21 +68,21 @@ class Problem:
 STEPS = [("shift",), ("scale",), ("rotate",), ("permutation",), RUN_TIME_STEPS]
 
 
-@drawn(15, shape=SHAPES, query_type=["f32", "bfp16"], steps=STEPS)
-def test_queries_meet_transformed_keys(level, rng, shape, query_type, steps):
+@drawn(15, shape=SHAPES, k_type=["bfp12", "sbfp12", "sbfp11"], query_type=["f32", "bfp16"], steps=STEPS)
+def test_queries_meet_transformed_keys(level, rng, shape, k_type, query_type, steps):
     """Catches queries multiplied by the scale, rotated before RoPE, or rounded before the transform."""
-    problem = Problem(rng, shape, "bfp12", "f16", query_type, steps, None)
+    problem = Problem(rng, shape, k_type, "f16", query_type, steps, None)
     assert_close(problem.attend(), *problem.used, problem.first_slot, problem.scale, 0)
 
 
-@drawn(15, shape=SHAPES, steps=STEPS)
-def test_values_are_restored(level, rng, shape, steps):
+@drawn(15, shape=SHAPES, v_type=["bfp14", "sbfp11"], steps=STEPS)
+def test_values_are_restored(level, rng, shape, v_type, steps):
     """Catches output rows restored twice, not at all (as after a merge), in another order or with another head's table.
 
     Restoring spreads the bound of the transformed output over a head: |W e| <= sqrt(d) max|e|, then / scale. Its own
     arithmetic adds (log2(d) + 4) roundings of what it works on.
     """
-    problem = Problem(rng, shape, "bfp12", "bfp14", "bfp16", RUN_TIME_STEPS, steps)
+    problem = Problem(rng, shape, "bfp12", v_type, "bfp16", RUN_TIME_STEPS, steps)
     out, transform, head_dim = problem.attend(), problem.v_transform, shape[0]
     transformed = reference.attend(*problem.used, problem.first_slot, problem.scale)
     expected = reference.restore_values(transformed, transform)  # float32 in rotate: within its own roundings

@@ -22,6 +22,7 @@ from ksort_gguf import reference
 from ksort_gguf.binding import cpu, ffi
 from ksort_gguf.errors import KsortError
 from ksort_gguf.names import BLOCK_SIZES, CACHE_TYPES
+from ksort_gguf.reference_blocks import SCALED_TYPES, largest_magnitude
 
 FORMATS = random_formats(36)
 
@@ -29,6 +30,8 @@ FORMATS = random_formats(36)
 def storable(x: np.ndarray, type_name: str) -> np.ndarray:
     """x with the values that `type_name` cannot hold made smaller."""
     largest = {"f16": 65504.0, "bf16": 3.3e38}.get(type_name, np.inf)
+    if type_name in SCALED_TYPES:
+        largest = largest_magnitude(type_name)
     return np.clip(x, -largest, largest).astype(np.float32)
 
 
@@ -64,15 +67,14 @@ def test_packed_bytes_equal_the_reference(level, rng, format):
 
 @drawn(9, type_name=BFP_TYPES, shape=[(90, 16), (90, 32), (90, 64), (128, 16), (128, 32), (128, 64), (128, 128)])
 def test_encoder_equals_dmx(level, rng, type_name, shape):
-    """Catches a kernel that departs from d-Matrix's BFP[m|8]{n}(SN), the definition of the nearest encoder."""
+    """Catches a kernel that departs from d-Matrix's BFP[m|8]{n}(SN) or SBFP, the definition of the nearest encoder."""
     head_dim, block_size = shape
-    bits = reference.MANTISSA_BITS[type_name]
-    x = nasty_rows(rng, 512, head_dim, bits)
+    x = storable(nasty_rows(rng, 512, head_dim, reference.MANTISSA_BITS[type_name]), type_name)
     cache, _ = new_cache(type_name, head_dim, block_size, 1, 512)
     cache.pack(x[:, None], 0)
-    comparable = dmx_is_exact(x, bits, block_size)
+    comparable = dmx_is_exact(x, type_name, block_size)
     assert comparable.mean() > 0.5
-    assert (cache.unpack(0, 512)[:, 0] == dmx_cast(x, bits, block_size))[comparable].all()
+    assert (cache.unpack(0, 512)[:, 0] == dmx_cast(x, type_name, block_size))[comparable].all()
 
 
 @drawn(36, format=FORMATS)
@@ -117,7 +119,7 @@ def test_rope_is_bit_exact(level, rng, row_order, shape, folded):
     _, rope = rope_for(rng, n_kv_heads, head_dim, n_rot, row_order, n_tokens, folded)
     x = rng.standard_normal((n_tokens, n_kv_heads, head_dim)).astype(np.float32)
     expected = rotated(x, **rope)
-    for type_name in ("f32", "bfp12") if head_dim >= 16 else ("f32", "f16"):
+    for type_name in ("f32", "bfp12", "sbfp12") if head_dim >= 16 else ("f32", "f16"):
         cache, tiles = new_cache(type_name, head_dim, 16, n_kv_heads, n_tokens)
         cache.pack(x, 0, **rope)
         assert (tiles == expected_tiles(expected, type_name, 16)).all()
@@ -156,7 +158,10 @@ def test_non_finite_is_refused_everywhere(level, rng, type_name, bad, with_rope)
 
 @pytest.mark.parametrize(
     ("type_name", "value"),
-    [("f16", 65504.004), ("f16", -65520.0), ("bf16", 3.3895316e38), ("bf16", -3.4e38)],  # the first: by one bit
+    [  # the first of a type: by one bit
+        *(("f16", 65504.004), ("f16", -65520.0), ("bf16", 3.3895316e38), ("bf16", -3.4e38)),
+        *(("sbfp12", 401408.03), ("sbfp12", -1e30), ("sbfp11", -172032.02), ("sbfp11", 3.4e38)),
+    ],
 )
 def test_too_large_for_the_type_is_refused(level, type_name, value):
     """Catches infinity stored for a finite value, in any channel of any token."""
@@ -171,14 +176,18 @@ def test_too_large_for_the_type_is_refused(level, type_name, value):
 
 def test_largest_values_are_stored(level):
     """Catches range checks that refuse what the type can hold."""
-    for type_name, value in (("f16", 65504.0), ("bf16", 3.3895314e38), ("f32", 3.4028235e38), ("bfp16", 3.4028235e38)):
+    floats = ("f16", 65504.0), ("bf16", 3.3895314e38), ("f32", 3.4028235e38)
+    for type_name, value in (*floats, ("bfp16", 3.4028235e38), ("sbfp12", 401408.0), ("sbfp11", 172032.0)):
         cache, _ = new_cache(type_name, 16, 16, 1, 64)
         x = np.full((1, 1, 16), value, np.float32)
         cache.pack(x, 0)
         assert (cache.unpack(0, 1) == reference.round_blocks(x, type_name, 16)).all()
 
 
-@pytest.mark.parametrize(("type_name", "value"), [("f16", 6e4), ("bf16", 3e38), ("f32", 3e38), ("bfp12", 3e38)])
+@pytest.mark.parametrize(
+    ("type_name", "value"),
+    [("f16", 6e4), ("bf16", 3e38), ("f32", 3e38), ("bfp12", 3e38), ("sbfp12", 4e5), ("sbfp11", 1.7e5)],
+)
 def test_overflow_by_rope_is_refused(level, rng, type_name, value):
     """Catches a range check of the keys before RoPE only: 45 degrees make sqrt(2) of a value."""
     _, rope = rope_for(rng, 1, 16, 16, "half", 1, folded=False)

@@ -17,7 +17,17 @@ def cache(k_type="bfp12", v_type="f16", block_size=32, query_type="bfp16", n_ctx
 
 
 @pytest.mark.parametrize(
-    "type_name, bits", [("f32", 32), ("f16", 16), ("bf16", 16), ("bfp16", 8.25), ("bfp14", 6.25), ("bfp12", 4.25)]
+    "type_name, bits",
+    [
+        ("f32", 32),
+        ("f16", 16),
+        ("bf16", 16),
+        ("bfp16", 8.25),
+        ("bfp14", 6.25),
+        ("bfp12", 4.25),
+        ("sbfp12", 4.25),
+        ("sbfp11", 3.25),
+    ],
 )
 def test_full_tiles_take_exactly_the_stated_bits(type_name, bits):
     """Would catch hidden copies or padding in what the run reports as its cache, or K and V taken for one another."""

@@ -9,6 +9,7 @@ from tiny_support import write_tiny_gguf
 
 from ksort_gguf import CacheTypeError, ContextError, KsortError, KVPlan, PackedCache, PlanError, make_plan, reference
 from ksort_gguf.names import CACHE_TYPES, K_TYPES, V_TYPES
+from ksort_gguf.reference_blocks import decode_blocks, encode_transformed
 
 N_HEADS, N_KV_HEADS, HEAD_DIM = 6, 2, 32
 HEADS = {"n_kv_heads": N_KV_HEADS, "head_dim": HEAD_DIM}
@@ -37,9 +38,8 @@ def stored(x: np.ndarray, type_name: str, block_size: int, transform) -> np.ndar
     """What is read back of keys or values, in the transformed space."""
     if transform is None or not CACHE_TYPES[type_name].is_bfp:
         return reference.round_blocks(x, type_name, block_size)
-    bits, y = reference.MANTISSA_BITS[type_name], reference.transform_keys(x, transform)
-    mantissas, exponents = reference.encode_transformed(y, bits, block_size, transform.feedback)
-    return reference.decode_blocks(mantissas, exponents, bits, block_size)
+    encoded = encode_transformed(reference.transform_keys(x, transform), type_name, block_size, transform.feedback)
+    return decode_blocks(*encoded, type_name, block_size)
 
 
 def expected(k, v, q, k_type, v_type, block_size, query_type, window, plan) -> np.ndarray:

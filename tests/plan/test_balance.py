@@ -8,7 +8,8 @@ from moments_support import moments_of, samples
 
 from ksort_gguf.names import RUN_TIME_STEPS
 from ksort_gguf.plan.balance import DAMPING, SCALE_POWER, feedback_of, key_transform, value_metric, value_transform
-from ksort_gguf.reference import decode_blocks, encode_transformed, restore_values, transform_keys, transform_queries
+from ksort_gguf.reference import restore_values, transform_keys, transform_queries
+from ksort_gguf.reference_blocks import decode_blocks, encode_transformed
 
 HEAD_DIM, N_HEADS, N_KV_HEADS, N = 32, 4, 2, 200
 
@@ -94,7 +95,7 @@ def test_feedback_lowers_the_weighted_error(rng):
     y = rng.standard_normal((100, *metric.shape[:2])).astype(np.float32)
     costs = []
     for feedback in (None, feedback_of(metric)):
-        error = decode_blocks(*encode_transformed(y, 4, 16, feedback), 4, 16) - y.astype(np.float64)
+        error = decode_blocks(*encode_transformed(y, "bfp12", 16, feedback), "bfp12", 16) - y.astype(np.float64)
         costs.append(np.einsum("nhc,hcd,nhd->h", error, metric, error))
     assert (costs[1] < 0.5 * costs[0]).all()
 

@@ -9,15 +9,10 @@ from moments_support import moments_of, samples
 from ksort_gguf.kvplan import Transform
 from ksort_gguf.names import RUN_TIME_STEPS
 from ksort_gguf.plan.balance import key_transform
-from ksort_gguf.plan.choose import Trial, best_transform, checked_order
+from ksort_gguf.plan.choose import TRIAL_TYPE, Trial, best_transform, checked_order
 from ksort_gguf.plan.moments import LayerMoments
-from ksort_gguf.reference import (
-    decode_blocks,
-    encode_blocks,
-    encode_transformed,
-    transform_keys,
-    transform_queries,
-)
+from ksort_gguf.reference import transform_keys, transform_queries
+from ksort_gguf.reference_blocks import decode_blocks, encode_blocks, encode_transformed
 
 HEAD_DIM, N_HEADS, N_KV_HEADS, BLOCK = 32, 4, 2, 16
 
@@ -64,11 +59,12 @@ def test_expected_error_is_that_of_scores(rng, q, k, sort: bool, steps):
     new_q, new_k = (q, k) if order is None else (folded(q, order), folded(k, order))
     if not steps:
         transform = None
-        stored = decode_blocks(*encode_blocks(new_k, 4, BLOCK), 4, BLOCK)
+        stored = decode_blocks(*encode_blocks(new_k, TRIAL_TYPE, BLOCK), TRIAL_TYPE, BLOCK)
     else:
         transform = key_transform(moments, steps, order)
         new_q, new_k = transform_queries(new_q, transform), transform_keys(new_k, transform)
-        stored = decode_blocks(*encode_transformed(new_k, 4, BLOCK, transform.feedback), 4, BLOCK)
+        encoded = encode_transformed(new_k, TRIAL_TYPE, BLOCK, transform.feedback)
+        stored = decode_blocks(*encoded, TRIAL_TYPE, BLOCK)
     expected = brute_force(new_q, new_k, stored)
     assert (expected > 0).all()
     assert trial_of(moments).errors(order, transform) == pytest.approx(expected, rel=1e-3)

@@ -60,16 +60,16 @@ ALWAYS_INLINE void share_weights(const float (*weights)[KSORT_TILE_TOKENS], cons
     __m512 scales = _mm512_castps128_ps512(_mm_maskz_div_ps(counts, whole, maxima));
     for (int r = 0; r < n_rows; r++) {
         const __m512 scale = _mm512_permutexvar_ps(_mm512_set1_epi32(r), scales);
-        __m512 shares[STRIPS_PER_TILE];
-        for (int s = 0; s < STRIPS_PER_TILE; s++)
-            shares[s] = _mm512_mul_ps(_mm512_loadu_ps(&weights[r][STRIP_TOKENS * s]), scale);
-        if (is_scaled) {
-            memcpy(rows->shares[r], shares, sizeof shares);
-            continue;
-        }
         __m512i w[STRIPS_PER_TILE];
-        for (int s = 0; s < STRIPS_PER_TILE; s++)
-            w[s] = _mm512_cvtps_epi32(shares[s]);
+        for (int s = 0; s < STRIPS_PER_TILE; s++) {
+            __m512 share = _mm512_mul_ps(_mm512_loadu_ps(&weights[r][STRIP_TOKENS * s]), scale);
+            if (is_scaled)
+                rows->shares[r][s] = share;
+            else
+                w[s] = _mm512_cvtps_epi32(share);
+        }
+        if (is_scaled)
+            continue;
         rows->integers[r][0] = _mm512_packus_epi32(w[0], w[1]);
         rows->integers[r][1] = _mm512_packus_epi32(w[2], w[3]);
     }
