@@ -39,11 +39,11 @@ class PackedCache:
     ):  # fmt: skip
         """n_ctx: tokens that it may hold. block_size: channels that share an exponent or scale (default 32).
 
-        query_type: what queries are rounded to, "bfp16" beside BFP and SBFP keys unless "f32" is asked for. plan: that of the
-        model, with channels in the plan's row order, and `layer` the layer in it; it acts on BFP types. exact_tail,
-        exact_sinks: how many of the newest and of the first tokens a query reads in f16, which are kept beside BFP
-        types (default: 128 and 4 beside types of 4 bits or less; 0 for none). A query finds all of its tail where it
-        is asked before 64 tokens follow it: long texts are appended and attended in steps of up to 64 tokens.
+        query_type: what queries are rounded to, "bfp16" beside BFP and SBFP keys unless "f32" is asked for. plan: that
+        of the model, with channels in the plan's row order, and `layer` the layer in it; it acts on types in blocks.
+        exact_tail, exact_sinks: how many of the newest and of the first tokens a query reads in f16, which are kept
+        beside types in blocks (default: 128 and 4 beside types of 4 bits or less; 0 for none). A query finds all of its
+        tail where it is asked before 64 tokens follow it: long texts are appended and attended in steps of up to 64.
         Raises CacheTypeError, PlanError and ContextError naming the argument that does not fit.
         """
         check_name("cache_type_k", cache_type_k, K_TYPES)

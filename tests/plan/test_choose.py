@@ -9,12 +9,13 @@ from moments_support import moments_of, samples
 from ksort_gguf.kvplan import Transform
 from ksort_gguf.names import RUN_TIME_STEPS
 from ksort_gguf.plan.balance import key_transform
-from ksort_gguf.plan.choose import TRIAL_TYPE, Trial, best_transform, checked_order
+from ksort_gguf.plan.choose import Trial, best_transform, checked_order
 from ksort_gguf.plan.moments import LayerMoments
 from ksort_gguf.reference import transform_keys, transform_queries
 from ksort_gguf.reference_blocks import decode_blocks, encode_blocks, encode_transformed
 
 HEAD_DIM, N_HEADS, N_KV_HEADS, BLOCK = 32, 4, 2, 16
+TRIAL_TYPE = "bfp12"
 
 
 @pytest.fixture
@@ -28,7 +29,7 @@ def k(rng):
 
 
 def trial_of(moments: LayerMoments) -> Trial:
-    return Trial(moments.keys, moments.q_second, BLOCK)
+    return Trial(moments.keys, moments.q_second, TRIAL_TYPE, BLOCK)
 
 
 def best_key_transform(moments: LayerMoments, steps: tuple[str, ...]) -> tuple[Transform, list[str]]:

@@ -51,8 +51,10 @@ def test_folded_file_differs_only_where_it_must(stock: Path, tmp_path: Path):
         base = before.family.name
         for key, value in before.values.items():
             renamed = f"ksort-{base}.{key.removeprefix(base + '.')}" if key.startswith(f"{base}.") else key
-            if key != "general.architecture":
+            if key not in ("general.architecture", "ksort.format_version"):
                 assert after.values[renamed] == value
+        versions = [file.metadata["ksort.format_version"] for file in (before, after)]
+        assert versions == [1, 2]  # plans with feedback are of version 2
         assert after.metadata["general.architecture"] == f"ksort-{base}"
         assert not any(key.startswith(f"{base}.") for key in after.values)
 
