@@ -12,6 +12,7 @@ import numpy as np
 
 from ksort_gguf.binding.cpu import PackedHeads
 from ksort_gguf.kvplan import Transform
+from ksort_gguf.names import BLOCK_SIZES
 from ksort_gguf.reference import reorder, restore_values
 
 NO_GAIN = 0.99  # a plan whose expected error is more of that without a plan does not help
@@ -33,8 +34,11 @@ class Trial:
     def errors(self, order: np.ndarray | None, transform: Transform | None) -> np.ndarray:
         """The expected error, float64 [n_kv_heads].
 
-        order: int [n_kv_heads, d] or None; transform: in folded order, or None for the nearest encoder alone.
+        order: int [n_kv_heads, d] or None; transform: in folded order, or None for the nearest encoder alone. Heads
+        smaller than the smallest block are stored as floats, without an error.
         """
+        if self.samples.shape[2] < BLOCK_SIZES[0]:
+            return np.zeros(self.samples.shape[1])
         folded = self.samples if order is None else reorder(self.samples, order)
         n_samples, n_kv_heads, head_dim = folded.shape
         packed = PackedHeads(self.type_name, head_dim, self.block_size, n_kv_heads, n_samples)

@@ -40,7 +40,7 @@ def test_cache_bytes(files: Path):
     assert report["bfp12"] == {"k": n_values * 4.5 / 8, "v": n_values * 4.5 / 8}
     assert report["f16"] == {"k": n_values * 2, "v": n_values * 2}
     exact = inspect(files / "stock.gguf")["exact_rows"]
-    assert (exact["types"], exact["tail"], exact["sinks"]) == (["bfp12"], 128, 4)
+    assert (exact["types"], exact["tail"], exact["sinks"]) == (["bfp12", "sbfp12", "sbfp11"], 128, 4)
     assert exact["k_bytes"] == exact["v_bytes"] == 3 * 64 * n_values * 2  # the sinks' tile, and a context of 128
 
 
