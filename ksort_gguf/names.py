@@ -66,7 +66,7 @@ QUERY_TYPES = tuple(t.name for t in CACHE_TYPES.values() if t.queries)
 
 DEFAULT_BLOCK_TYPE = "sbfp12"  # of the types in blocks
 EXACT_TAIL, EXACT_SINKS = 128, 4  # newest and first tokens that are kept in f16 beside small types
-MAX_EXACT_TAIL = 1 << 20
+MAX_EXACT_TAIL, MAX_SINKS = 1 << 20, 1024
 
 DEFAULT_V_TYPE = "f16"
 DEFAULT_QUERY_TYPE = "bfp16"
@@ -125,6 +125,11 @@ PLANS: dict[str, tuple[str, ...]] = {"none": (), "ksort": ("order",), "balanced"
 RANKS = ("weight-norm", "effective-norm", "key-rms")  # what K-sort may sort channels by: plan/rank.py
 DEFAULT_RANK = RANKS[0]
 CALIBRATE_TOKENS = 16384  # of a text that a plan is made from
+
+
+def sink_tiles(n_sinks: int) -> int:
+    """Tiles of exact rows that hold sinks, in front of the ring (FORMAT.md section 5)."""
+    return max(1, -(-n_sinks // TILE_TOKENS))
 
 
 def check_block_size(block_size: int, head_dim: int) -> None:

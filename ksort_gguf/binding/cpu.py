@@ -7,7 +7,7 @@ import numpy as np
 from ksort_gguf.binding.ffi import Binding, aligned_buffer, loaded
 from ksort_gguf.binding.structs import Rope, TransformTables, float_heads, format_struct
 from ksort_gguf.kvplan import RopeTables, Transform
-from ksort_gguf.names import BLOCK_SIZES, CACHE_TYPES
+from ksort_gguf.names import BLOCK_SIZES, CACHE_TYPES, sink_tiles
 
 
 def tile_bytes(type_name: str, head_dim: int, block_size: int) -> int:
@@ -20,14 +20,14 @@ class ExactRows:
     """The exact rows beside one layer's packed keys or values: the newest slots and the first ones, in f16 tiles.
 
     A query reads `n_tail` slots up to its own from them, and the first `n_sinks`. `n_tiles`: of the ring behind the
-    first tile. `buffer`: as PackedHeads takes it, for [1 + n_tiles][KV head] tiles of f16.
+    sinks. `buffer`: as PackedHeads takes it, for [sink_tiles(n_sinks) + n_tiles][KV head] tiles of f16.
     Raises ValueError for a buffer that is too small.
     """
 
     def __init__(self, head_dim: int, n_kv_heads: int, n_tail: int, n_sinks: int, n_tiles: int, buffer: Any = None):
         binding = loaded()
         one_tile = tile_bytes("f16", head_dim, BLOCK_SIZES[0])
-        needed = (1 + n_tiles) * n_kv_heads * one_tile
+        needed = (sink_tiles(n_sinks) + n_tiles) * n_kv_heads * one_tile
         self._memory = binding.memory(aligned_buffer(needed) if buffer is None else buffer)
         if needed > len(self._memory):
             raise ValueError(f"buffer of {len(self._memory)} bytes is too small: exact rows need {needed}")

@@ -9,7 +9,7 @@ from ksort_gguf.binding.run import LayerStep, Pool
 from ksort_gguf.cache.exact import ring_tiles, steps
 from ksort_gguf.cache.protocol import CacheOptions, HeadShape, LayerPlan
 from ksort_gguf.errors import ContextError
-from ksort_gguf.names import CACHE_TYPES, TILE_TOKENS, check_block_size
+from ksort_gguf.names import CACHE_TYPES, TILE_TOKENS, check_block_size, sink_tiles
 
 
 def _reserve(n_bytes: int) -> mmap.mmap:
@@ -60,7 +60,8 @@ class ContextCache:
         n_tiles = -(-self.n_tokens // TILE_TOKENS)
         n_bytes = n_tiles * sum(self.tile_bytes(type_name, heads) for heads in self.layers)
         if self.has_exact(type_name):
-            n_exact = min(n_tiles, self.n_ring_tiles) + min(n_tiles, self.options.exact_sinks, 1)
+            n_sinks = self.options.exact_sinks
+            n_exact = min(n_tiles, self.n_ring_tiles) + (min(n_tiles, sink_tiles(n_sinks)) if n_sinks else 0)
             n_bytes += n_exact * sum(self.tile_bytes("f16", heads) for heads in self.layers)
         return n_bytes
 
@@ -89,7 +90,7 @@ class CpuCache(ContextCache):
     def _layer(self, type_name: str, heads: HeadShape) -> PackedHeads:
         o, exact = self.options, None
         if o.has_exact(type_name):
-            buffer = _reserve((1 + self.n_ring_tiles) * self.tile_bytes("f16", heads))
+            buffer = _reserve((sink_tiles(o.exact_sinks) + self.n_ring_tiles) * self.tile_bytes("f16", heads))
             sizes = o.exact_tail, o.exact_sinks, self.n_ring_tiles
             exact = ExactRows(heads.head_dim, heads.n_kv_heads, *sizes, buffer)
         buffer = _reserve(self.n_tiles * self.tile_bytes(type_name, heads))

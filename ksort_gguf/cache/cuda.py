@@ -10,7 +10,7 @@ from ksort_gguf.cache.cuda_device import memory_errors
 from ksort_gguf.cache.exact import ring_tiles
 from ksort_gguf.cache.protocol import CacheOptions, HeadShape
 from ksort_gguf.errors import CacheTypeError
-from ksort_gguf.names import CACHE_TYPES
+from ksort_gguf.names import CACHE_TYPES, TILE_TOKENS
 
 FLOAT_BLOCK = 512  # slots of a float cache that lie together
 FLOAT_TYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -86,6 +86,11 @@ def check_options(options: CacheOptions, head_dim: int) -> None:
             f"`cache_type_v` bf16: on the GPU exact rows of {k_type} keys do not go with it: use f16, or pass "
             "`cache_exact_tail` 0 and `cache_exact_sinks` 0",
             field="cache_type_v",
+        )
+    if options.exact_sinks > TILE_TOKENS:
+        raise CacheTypeError(
+            f"`cache_exact_sinks` {options.exact_sinks}: on the GPU at most {TILE_TOKENS} are kept: pass fewer",
+            field="cache_exact_sinks",
         )
     if query_type != "bfp16":
         raise CacheTypeError(

@@ -1,7 +1,7 @@
 """Exact rows beside packed caches: which types have them, how many tokens they hold, and where they begin."""
 
 from ksort_gguf.errors import CacheTypeError
-from ksort_gguf.names import CACHE_TYPES, EXACT_SINKS, EXACT_TAIL, MAX_EXACT_TAIL, TILE_TOKENS
+from ksort_gguf.names import CACHE_TYPES, EXACT_SINKS, EXACT_TAIL, MAX_EXACT_TAIL, MAX_SINKS, TILE_TOKENS
 
 STEP_TOKENS = 64  # that are stored and attended together, so that the ring stays small
 
@@ -17,7 +17,7 @@ def exact_rows(
     where no type is packed.
     """
     types = CACHE_TYPES[k_type], CACHE_TYPES[v_type]
-    for field, n, most in zip(fields, (tail, sinks), (MAX_EXACT_TAIL, TILE_TOKENS), strict=True):
+    for field, n, most in zip(fields, (tail, sinks), (MAX_EXACT_TAIL, MAX_SINKS), strict=True):
         if n is not None and not 0 <= n <= most:
             raise CacheTypeError(f"`{field}` {n} is not a number of tokens from 0 to {most}", field=field)
         if n and not any(t.is_bfp for t in types):

@@ -173,7 +173,7 @@ static void write_exact(const struct pack_job *job, const float *y, uint32_t hea
     size_t slot = job->args.first_slot + token, row = row_offset(&job->exact_layout, slot % KSORT_TILE_TOKENS);
     uint32_t head_dim = job->layout.head_dim;
     if (slot < exact->n_sinks)
-        job->kernels->store_f16(y, head_dim, (uint16_t *)(exact_sinks(exact, head) + row));
+        job->kernels->store_f16(y, head_dim, (uint16_t *)(exact_sinks(exact, slot / KSORT_TILE_TOKENS, head) + row));
     if (job->args.n_tokens - token <= (size_t)exact->n_tiles * KSORT_TILE_TOKENS)
         job->kernels->store_f16(y, head_dim, (uint16_t *)(exact_tile(exact, slot / KSORT_TILE_TOKENS, head) + row));
 }

@@ -14,7 +14,7 @@ static const uint8_t *visited_tile(const ksort_cache *cache, uint32_t kv_head, c
 {
     if (visit->section == PACKED || !cache->exact)
         return tile_of(cache, visit->tile, kv_head);
-    return visit->section == SINKS ? exact_sinks(cache->exact, kv_head)
+    return visit->section == SINKS ? exact_sinks(cache->exact, visit->tile, kv_head)
                                    : exact_tile(cache->exact, visit->tile, kv_head);
 }
 

@@ -48,11 +48,12 @@ ksort_status ksort_read_exact(ksort_cache *cache, bool with_memory, ksort_exact 
         return status;
     if (!is_bfp(cache->format.type))
         return KSORT_ERR_TYPE;
-    if (exact->n_sinks > KSORT_TILE_TOKENS)
+    if (exact->n_sinks > KSORT_MAX_SINKS)
         return KSORT_ERR_ARGUMENT;
     cache->exact = exact;
     return check_tiles(exact->base, with_memory, ksort_exact_layout(cache->format.head_dim).tile_bytes,
-                       (size_t)exact->n_tiles + 1, exact->tile_stride, cache->n_kv_heads, exact->head_stride);
+                       exact->n_tiles + exact_sink_tiles(exact), exact->tile_stride, cache->n_kv_heads,
+                       exact->head_stride);
 }
 
 ksort_status ksort_check_slots(const ksort_cache *cache, size_t first_slot, uint32_t n_tokens)

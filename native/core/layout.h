@@ -102,15 +102,21 @@ static inline uint8_t *tile_of(const ksort_cache *cache, size_t tile, uint32_t k
     return (uint8_t *)cache->base + tile * cache->tile_stride + kv_head * cache->head_stride;
 }
 
-/* Tile 0, the sinks', or that of the ring where slots of `tile` are. */
-static inline uint8_t *exact_sinks(const ksort_exact *exact, uint32_t kv_head)
+/* Tiles that hold sinks, in front of the ring: at least one. */
+static inline size_t exact_sink_tiles(const ksort_exact *exact)
 {
-    return (uint8_t *)exact->base + kv_head * exact->head_stride;
+    return exact->n_sinks ? ((size_t)exact->n_sinks + KSORT_TILE_TOKENS - 1) / KSORT_TILE_TOKENS : 1;
+}
+
+/* Where slots of `tile` are among the sinks, or in the ring. */
+static inline uint8_t *exact_sinks(const ksort_exact *exact, size_t tile, uint32_t kv_head)
+{
+    return (uint8_t *)exact->base + tile * exact->tile_stride + kv_head * exact->head_stride;
 }
 
 static inline uint8_t *exact_tile(const ksort_exact *exact, size_t tile, uint32_t kv_head)
 {
-    return exact_sinks(exact, kv_head) + (1 + tile % exact->n_tiles) * exact->tile_stride;
+    return exact_sinks(exact, exact_sink_tiles(exact) + tile % exact->n_tiles, kv_head);
 }
 
 #endif /* KSORT_LAYOUT_H */

@@ -28,6 +28,7 @@ extern "C" {
 #define KSORT_TILE_TOKENS 64 /* tokens of one head stored together */
 #define KSORT_ALIGNMENT 64   /* bytes; of cache memory, tile and head strides, and workspace */
 #define KSORT_MAX_HEAD_DIM 256
+#define KSORT_MAX_SINKS 1024
 
 typedef enum ksort_status {
     KSORT_OK = 0,
@@ -113,8 +114,8 @@ typedef struct ksort_transform {
 
 /* Exact rows beside a packed cache: the newest slots and the first ones as f16 heads, as they are before rounding (after
  * RoPE and transform, without feedback). The caller owns their memory, as a cache's. They lie in f16 tiles of FORMAT.md,
- * tile t of KV head h at base + t * tile_stride + h * head_stride: tile 0 has the sinks, slots 0 .. n_sinks-1; tiles 1 ..
- * n_tiles are a ring, slot s in its row s mod (64 n_tiles).
+ * tile t of KV head h at base + t * tile_stride + h * head_stride: first the sinks, slots 0 .. n_sinks-1, in ceil(n_sinks /
+ * 64) tiles, at least one; then a ring of n_tiles, slot s in its row s mod (64 n_tiles).
  * ksort_pack writes both beside the packed tiles; where one call brings more than the ring holds, the newest. A query at
  * slot p reads as exact the slots below n_sinks, and those from max(p + 1 - n_tail, begin) to p; all others that it sees
  * are read from the packed tiles. So what it reads does not depend on the calls that a text came in, if the ring holds
@@ -130,9 +131,9 @@ typedef struct ksort_exact {
     void *base;         /* KSORT_ALIGNMENT-aligned; packing writes, attending only reads */
     size_t tile_stride; /* bytes, a multiple of KSORT_ALIGNMENT */
     size_t head_stride; /* bytes, a multiple of KSORT_ALIGNMENT */
-    uint32_t n_tiles;   /* of the ring, behind tile 0 */
+    uint32_t n_tiles;   /* of the ring, behind the sinks' */
     uint32_t n_tail;    /* slots that a query reads as exact, its own the last */
-    uint32_t n_sinks;   /* at most KSORT_TILE_TOKENS */
+    uint32_t n_sinks;   /* at most KSORT_MAX_SINKS */
     size_t begin;
 } ksort_exact;
 

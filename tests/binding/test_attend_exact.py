@@ -34,7 +34,9 @@ class Side:
         n_kv_heads, head_dim = shape
         self.rows = None
         if exact is not None:
-            self.memory = ffi.aligned_buffer((1 + exact[2]) * n_kv_heads * TILE * head_dim * 2)
+            self.memory = ffi.aligned_buffer(
+                (max(1, -(-exact[1] // TILE)) + exact[2]) * n_kv_heads * TILE * head_dim * 2
+            )
             self.memory[:] = NAN_BYTE
             self.rows = cpu.ExactRows(head_dim, n_kv_heads, *exact, self.memory)
         self.cache, _ = new_cache(type_name, head_dim, BLOCK, n_kv_heads, n_slots, NAN_BYTE, self.rows)
@@ -138,6 +140,8 @@ TAILS = [
     (200, 33, 5),
     (70, 1, 7),
     (500, 60, 9),
+    (90, 128, 4),
+    (0, 70, 0),
 ]
 
 

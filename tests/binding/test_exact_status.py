@@ -18,7 +18,7 @@ BAD_FIELDS = [
     ("tile_stride", 0, "ARGUMENT", CALLS),
     ("tile_stride", 2**63, "ARGUMENT", CALLS),
     ("head_stride", 64, "ARGUMENT", CALLS),
-    ("n_sinks", 65, "ARGUMENT", CALLS),
+    ("n_sinks", 1025, "ARGUMENT", CALLS),
     ("n_sinks", 2**32 - 1, "ARGUMENT", CALLS),
     ("n_tiles", 0, "ARGUMENT", ATTEND_CALLS),  # a ring without room for the tail
 ]

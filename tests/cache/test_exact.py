@@ -53,7 +53,7 @@ def test_which_side_has_them():
         ("bfp12", -1, None, "cache_exact_tail"),
         ("bfp12", None, -1, "cache_exact_sinks"),
         ("bfp12", (1 << 20) + 1, None, "cache_exact_tail"),
-        ("bfp12", None, 65, "cache_exact_sinks"),
+        ("bfp12", None, 1025, "cache_exact_sinks"),
         ("f16", 1, None, "cache_exact_tail"),
         ("f16", None, 1, "cache_exact_sinks"),
     ],

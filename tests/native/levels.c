@@ -87,7 +87,7 @@ static void measure_cache(const problem *p, const ksort_cache *cache, double *la
     if (!cache->exact) return;
     const ksort_exact *exact = cache->exact; /* its tiles are those of an f16 cache */
     ksort_cache rows = {sizeof rows, {sizeof rows.format, KSORT_F16, p->head_dim, 16}, exact->base, exact->tile_stride,
-                        exact->head_stride, (exact->n_tiles + 1) * (size_t)KSORT_TILE_TOKENS, p->n_kv_heads, NULL};
+                        exact->head_stride, exact_bytes(exact) / exact->tile_stride * KSORT_TILE_TOKENS, p->n_kv_heads, NULL};
     measure_cache(p, &rows, largest, norm);
 }
 

@@ -155,7 +155,7 @@ static inline guarded new_cache(ksort_cache *cache, ksort_format format, const p
 /* Exact rows beside caches of p's geometry: cuts that k and v share, and room for any tail of its queries. */
 static inline ksort_exact random_exact(rng *r, const problem *p) {
     ksort_exact exact = {.struct_size = sizeof exact};
-    exact.n_sinks = rng_next(r) >> 63 ? rng_between(r, 0, 5) : rng_between(r, 0, KSORT_TILE_TOKENS);
+    exact.n_sinks = rng_next(r) >> 63 ? rng_between(r, 0, 5) : rng_between(r, 0, 2 * KSORT_TILE_TOKENS);
     exact.n_tail = rng_next(r) >> 62 ? rng_between(r, 1, 200) : 0;
     size_t rows = exact.n_tail ? exact.n_tail + p->n_queries - 1 : 0;
     if (rows > p->n_slots) rows = p->n_slots;
@@ -165,7 +165,10 @@ static inline ksort_exact random_exact(rng *r, const problem *p) {
     return exact;
 }
 
-static inline size_t exact_bytes(const ksort_exact *exact) { return (exact->n_tiles + 1) * exact->tile_stride; }
+static inline size_t exact_bytes(const ksort_exact *exact) {
+    size_t sink_tiles = exact->n_sinks ? (exact->n_sinks + KSORT_TILE_TOKENS - 1) / KSORT_TILE_TOKENS : 1;
+    return (exact->n_tiles + sink_tiles) * exact->tile_stride;
+}
 
 /* Memory of exact's own beside the cache, filled with 0xFF: NaN, were it read. */
 static inline guarded add_exact(ksort_cache *cache, ksort_exact *exact, const problem *p) {

@@ -137,7 +137,7 @@ def test_default_rows_that_do_not_fit_are_left_out(folder, capsys, monkeypatch):
         (["--types", "q4_0~tail=4~tail=4"], "~tail=4"),
         (["--types", "q4_0~size=4"], "~size=4"),
         (["--types", "bf16~tail=4"], "bf16~tail=4"),
-        (["--types", "bfp12", "--sink", "65"], "bfp12"),
+        (["--types", "bfp12", "--sink", "1025"], "bfp12"),
         (["--types", "q4_0", "--tail", "-1"], "--tail -1"),
         (["--types", "q4_0", "-c", "x"], "-c x"),
         (["--types", "q4_0", "-c", "100000"], "100000"),
