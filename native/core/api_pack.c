@@ -11,6 +11,7 @@
 #include "check.h"
 #include "half.h"
 #include "pack.h"
+#include "rounding.h"
 #include "transform.h"
 
 /* Transformed heads lie below it: no sum or error of the encoder comes near float32's largest. */
@@ -48,6 +49,8 @@ ksort_status ksort_pack_prepare(const ksort_pack_args *from, struct pack_job *jo
 static float largest_storable(const struct pack_job *job)
 {
     uint32_t type = job->layout.type;
+    if (job->layout.is_scaled)
+        return (float)((1 << (job->layout.mantissa_bits - 1)) - 1) * SCALE_MAX;
     if (job->args.transform)
         return nextafterf(TRANSFORMED_LIMIT, 0.0f);
     return type == KSORT_F16 ? F16_MAX : type == KSORT_BF16 ? BF16_MAX : FLT_MAX;
@@ -115,22 +118,37 @@ ksort_status ksort_pack_check(const struct pack_job *job, uint32_t ith, uint32_t
     return packed_tokens_fit(job, tokens, limit) ? KSORT_OK : KSORT_ERR_RANGE;
 }
 
-static void store_encoded(const struct head_layout *layout, const struct encoded_head *encoded, uint8_t *tile,
-                          uint32_t token)
+static uint8_t *slot_tile(const struct pack_job *job, size_t slot, uint32_t head)
 {
-    ksort_store_mantissas(layout, &encoded->mantissas, tile, token);
-    for (uint32_t b = 0; b < layout->n_blocks; b++)
-        tile[exponent_offset(layout, b, token)] = encoded->exponents[b];
+    return tile_of(job->args.cache, slot / KSORT_TILE_TOKENS, head);
+}
+
+/* Tokens 0 .. n_tokens-1 of a head, whose padding quads are 0, from slot first_slot on. */
+static void store_encoded(const struct pack_job *job, const struct encoded_tokens *encoded, uint32_t n_tokens,
+                          size_t first_slot, uint32_t head)
+{
+    const struct head_layout *layout = &job->layout;
+    for (uint32_t t = 0, n; t < n_tokens; t += n) {
+        uint32_t token = (uint32_t)((first_slot + t) % KSORT_TILE_TOKENS);
+        uint8_t *tile = slot_tile(job, first_slot + t, head);
+        n = (uint32_t)min_size(n_tokens - t, STRIP_TOKENS - token % STRIP_TOKENS);
+        ksort_store_columns(layout, &encoded->quads[0][t], GROUP_TOKENS, n, tile, token);
+        for (uint32_t b = 0; b < layout->n_blocks; b++)
+            memcpy(tile + exponent_offset(layout, b, token), &encoded->exponents[b][t], n);
+    }
 }
 
 static void write_head(const struct pack_job *job, const float *y, uint8_t *tile, uint32_t token)
 {
     const struct head_layout *layout = &job->layout;
     if (is_bfp(layout->type)) {
-        struct encoded_head encoded = {.mantissas = {.quads = {0}}}; /* padding channels stay 0 */
-        job->kernels->round_bfp(y, layout->head_dim, layout->block_size, layout->mantissa_bits,
-                                encoded.mantissas.channels, encoded.exponents);
-        store_encoded(layout, &encoded, tile, token);
+        union token_mantissas mantissas = {.quads = {0}}; /* padding channels stay 0 */
+        uint8_t exponents[MAX_BLOCKS];
+        job->kernels->round_bfp(y, layout->head_dim, layout->block_size, layout->mantissa_bits, mantissas.channels,
+                                exponents);
+        ksort_store_mantissas(layout, &mantissas, tile, token);
+        for (uint32_t b = 0; b < layout->n_blocks; b++)
+            tile[exponent_offset(layout, b, token)] = exponents[b];
         return;
     }
     void *row = tile + row_offset(layout, token);
@@ -140,11 +158,6 @@ static void write_head(const struct pack_job *job, const float *y, uint8_t *tile
         job->kernels->store_f16(y, layout->head_dim, row);
     else
         job->kernels->store_bf16(y, layout->head_dim, row);
-}
-
-static uint8_t *slot_tile(const struct pack_job *job, size_t slot, uint32_t head)
-{
-    return tile_of(job->args.cache, slot / KSORT_TILE_TOKENS, head);
 }
 
 /* Tokens begin .. end-1 of a head, without a transform. */
@@ -163,21 +176,21 @@ static void write_transformed_tokens(const struct pack_job *job, uint32_t head, 
 {
     const struct head_layout *layout = &job->layout;
     struct head_transform transform = ksort_head_transform(job->args.transform, layout->head_dim, head);
-    _Alignas(64) float heads[GROUP_TOKENS][KSORT_MAX_HEAD_DIM];
-    struct encoded_head encoded[GROUP_TOKENS];
-    memset(encoded, 0, min_size(GROUP_TOKENS, tokens.end - tokens.begin) * sizeof *encoded); /* padding channels */
+    float rotated[GROUP_TOKENS][KSORT_MAX_HEAD_DIM];
+    struct encoded_tokens encoded;
+    for (uint32_t quad = (layout->head_dim + 3) / 4; quad < layout->n_quads; quad++) /* padding */
+        memset(encoded.quads[quad], 0, sizeof encoded.quads[quad]);
     for (size_t first = tokens.begin; first < tokens.end; first += GROUP_TOKENS) {
         uint32_t n_tokens = (uint32_t)min_size(GROUP_TOKENS, tokens.end - first);
-        for (uint32_t i = 0; i < n_tokens; i++) {
-            const float *y = rotated_head(job, (uint32_t)first + i, head, heads[i]);
-            if (y != heads[i])
-                memcpy(heads[i], y, layout->head_dim * sizeof *y);
-        }
-        job->kernels->encode_transformed(&transform, layout, n_tokens, heads, encoded);
-        for (uint32_t i = 0; i < n_tokens; i++) {
-            size_t slot = job->args.first_slot + first + i;
-            store_encoded(layout, &encoded[i], slot_tile(job, slot, head), slot % KSORT_TILE_TOKENS);
-        }
+        const float *heads = rotated_head(job, (uint32_t)first, head, rotated[0]);
+        size_t stride = heads == rotated[0] ? KSORT_MAX_HEAD_DIM : job->args.x_token_stride;
+        for (uint32_t i = 1; i < n_tokens && job->args.rope; i++)
+            rotated_head(job, (uint32_t)first + i, head, rotated[i]);
+        for (size_t i = first + GROUP_TOKENS; i < min_size(first + 2 * GROUP_TOKENS, tokens.end); i++)
+            for (uint32_t c = 0; c < layout->head_dim; c += CACHE_LINE / sizeof(float))
+                PREFETCH_NEXT(job->args.x + i * job->args.x_token_stride + (size_t)head * layout->head_dim + c);
+        job->kernels->encode_transformed(&transform, layout, n_tokens, heads, stride, &encoded);
+        store_encoded(job, &encoded, n_tokens, job->args.first_slot + first, head);
     }
 }
 

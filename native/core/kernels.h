@@ -37,12 +37,12 @@ struct head_transform {
     const uint16_t *permutation; /* [head_dim], or NULL */
 };
 
-#define GROUP_TOKENS 16 /* tokens of one head that are encoded by one call */
+#define GROUP_TOKENS 48 /* tokens of one head that are encoded by one call: three registers of any level's floats */
 
-/* One head of one token as it is stored. */
-struct encoded_head {
-    union token_mantissas mantissas;
-    uint8_t exponents[MAX_BLOCKS];
+/* A head of some tokens as it is stored: a token is a column, as it is in a tile. */
+struct encoded_tokens {
+    _Alignas(64) uint32_t quads[MAX_QUADS][GROUP_TOKENS]; /* of all channels; not the padding quads behind */
+    uint8_t exponents[MAX_BLOCKS][GROUP_TOKENS];
 };
 
 /* The query rows of a unit, ready to be multiplied with keys. */
@@ -101,10 +101,9 @@ typedef void restore_function(const struct head_transform *transform, const uint
                               float *out);
 
 /* Shift, scale, rotate, permutation and FORMAT.md's encoder of transformed heads, over heads [n_tokens][head_dim],
- * n_tokens 1 to GROUP_TOKENS. heads has GROUP_TOKENS rows, aligned to 64 bytes; all of it may be overwritten.
- * Padding mantissas of `encoded` are 0 before and after. */
+ * `stride` floats apart and at any alignment, n_tokens 1 to GROUP_TOKENS. Columns from n_tokens on may be overwritten. */
 typedef void encode_function(const struct head_transform *transform, const struct head_layout *layout,
-                             uint32_t n_tokens, float (*heads)[KSORT_MAX_HEAD_DIM], struct encoded_head *encoded);
+                             uint32_t n_tokens, const float *heads, size_t stride, struct encoded_tokens *encoded);
 
 /* Stores x [n] as f16 or bf16, round to nearest even. x is finite and in the type's range. */
 typedef void store_function(const float *x, uint32_t n, uint16_t *out);

@@ -65,29 +65,44 @@ static uint32_t nibbles(uint32_t low, uint32_t high)
     return (low & 0x0F0F0F0Fu) | (high & 0x0F0F0F0Fu) << 4;
 }
 
-static void words_of_quads(const struct head_layout *layout, const uint32_t *quads, uint32_t *words)
+/* Columns 0 .. n-1, a constant, of quads [n_quads][stride] -> words [n_words][n]: a column is a token. */
+ALWAYS_INLINE void words_of_quads(const struct head_layout *layout, const uint32_t *restrict quads, size_t stride,
+                                  uint32_t *restrict words, const uint32_t n)
 {
     switch (layout->mantissa_bits) {
-    case 8: memcpy(words, quads, layout->n_words * sizeof *words); break;
-    case 4:
+    case 8:
         for (uint32_t w = 0; w < layout->n_words; w++)
-            words[w] = nibbles(quads[2 * w], quads[2 * w + 1]);
+            memcpy(words + w * n, quads + w * stride, n * sizeof *words);
+        break;
+    case 4:
+        for (uint32_t w = 0; w < layout->n_words; w++, quads += 2 * stride)
+            for (uint32_t t = 0; t < n; t++)
+                words[w * n + t] = nibbles(quads[t], quads[stride + t]);
         break;
     case 6:
-        for (uint32_t group = 0; group < layout->n_words / 3; group++, quads += 4, words += 3) {
-            words[0] = nibbles(quads[0], quads[1]);
-            words[1] = nibbles(quads[2], quads[3]);
-            words[2] = 0;
-            for (uint32_t i = 0; i < 4; i++)
-                words[2] |= (quads[i] >> 4 & 0x03030303u) << 2 * i;
-        }
+        for (uint32_t w = 0; w < layout->n_words; w += 3, quads += 4 * stride)
+            for (uint32_t t = 0; t < n; t++) {
+                uint32_t *word = words + w * n + t, high = 0;
+                word[0] = nibbles(quads[t], quads[stride + t]);
+                word[n] = nibbles(quads[2 * stride + t], quads[3 * stride + t]);
+#pragma GCC unroll 4
+                for (uint32_t i = 0; i < 4; i++)
+                    high |= (quads[i * stride + t] >> 4 & 0x03030303u) << 2 * i;
+                word[2 * n] = high;
+            }
         break;
     case 3:
-        memset(words, 0, layout->n_words * sizeof *words);
-        for (uint32_t group = 0; group < layout->n_words / 3; group++, quads += 8, words += 3)
-            for (uint32_t i = 0; i < 8; i++) {
-                words[i / 4] |= (quads[i] & 0x03030303u) << 2 * (i % 4);
-                words[2] |= (quads[i] >> 2 & 0x01010101u) << i;
+        for (uint32_t w = 0; w < layout->n_words; w += 3, quads += 8 * stride)
+            for (uint32_t t = 0; t < n; t++) {
+                uint32_t *word = words + w * n + t, low[2] = {0}, high = 0;
+#pragma GCC unroll 8
+                for (uint32_t i = 0; i < 8; i++) {
+                    low[i / 4] |= (quads[i * stride + t] & 0x03030303u) << 2 * (i % 4);
+                    high |= (quads[i * stride + t] >> 2 & 0x01010101u) << i;
+                }
+                word[0] = low[0];
+                word[n] = low[1];
+                word[2 * n] = high;
             }
         break;
     }
@@ -133,10 +148,25 @@ static void quads_of_words(const struct head_layout *layout, const uint32_t *wor
 void ksort_store_mantissas(const struct head_layout *layout, const union token_mantissas *mantissas, uint8_t *tile,
                            uint32_t token)
 {
-    uint32_t words[MAX_QUADS];
-    words_of_quads(layout, mantissas->quads, words);
-    for (uint32_t w = 0; w < layout->n_words; w++)
-        memcpy(tile + word_offset(layout, w, token), &words[w], sizeof words[w]);
+    ksort_store_columns(layout, mantissas->quads, 1, 1, tile, token);
+}
+
+void ksort_store_columns(const struct head_layout *layout, const uint32_t *quads, size_t stride, uint32_t n_tokens,
+                         uint8_t *tile, uint32_t token)
+{
+    uint32_t words[MAX_QUADS * STRIP_TOKENS];
+    uint8_t *first = tile + word_offset(layout, 0, token);
+    const size_t word_bytes = STRIP_TOKENS * sizeof *words;
+    if (n_tokens == STRIP_TOKENS) {
+        words_of_quads(layout, quads, stride, words, STRIP_TOKENS);
+        memcpy(first, words, layout->n_words * word_bytes);
+        return;
+    }
+    for (uint32_t t = 0; t < n_tokens; t++) {
+        words_of_quads(layout, quads + t, stride, words, 1);
+        for (uint32_t w = 0; w < layout->n_words; w++)
+            memcpy(first + w * word_bytes + t * sizeof *words, &words[w], sizeof *words);
+    }
 }
 
 void ksort_load_mantissas(const struct head_layout *layout, const uint8_t *tile, uint32_t token,

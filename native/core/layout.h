@@ -51,6 +51,11 @@ union token_mantissas {
 void ksort_store_mantissas(const struct head_layout *layout, const union token_mantissas *mantissas, uint8_t *tile,
                            uint32_t token);
 
+/* The same of n_tokens neighbouring tokens that lie in one strip, `token` being the first of them; each is a column of
+ * quads [n_quads][stride]. */
+void ksort_store_columns(const struct head_layout *layout, const uint32_t *quads, size_t stride, uint32_t n_tokens,
+                         uint8_t *tile, uint32_t token);
+
 /* Reads them back, sign-extended to bytes. */
 void ksort_load_mantissas(const struct head_layout *layout, const uint8_t *tile, uint32_t token,
                           union token_mantissas *mantissas);

@@ -26,9 +26,9 @@ static inline HOST_DEVICE struct step_inverse step_inverse_of(uint32_t exponent,
  * All zero for a zero block, whose mantissas are 0 whatever y has become. */
 struct block_step {
     struct step_inverse inverse; /* SBFP: 1 / step, rounded, and 1 */
-    float step; /* BFP: from 2^-132, subnormal, to 2^127; SBFP: the signed scale */
-    float low;  /* -2^(mantissa_bits-1) */
-    float high; /* 2^(mantissa_bits-1) - 1 */
+    float step;                  /* BFP: from 2^-132, subnormal, to 2^127; SBFP: the signed scale */
+    float low;                   /* -2^(mantissa_bits-1) */
+    float high;                  /* 2^(mantissa_bits-1) - 1 */
 };
 
 /* Values that are in units of the step already. */

@@ -17,7 +17,7 @@ from native_support import (
     token_of_byte,
 )
 
-from ksort_gguf import reference
+from ksort_gguf import reference, reference_blocks
 from ksort_gguf.binding import cpu
 from ksort_gguf.errors import KsortError
 from ksort_gguf.kvplan import Transform
@@ -25,24 +25,24 @@ from ksort_gguf.kvplan import Transform
 
 def expected_tiles(x: np.ndarray, type_name: str, block_size: int, transform: Transform) -> np.ndarray:
     """uint8 [tiles, heads, tile bytes] of x [whole tiles of tokens, heads, d] (keys after RoPE), by the reference."""
-    bits = reference.MANTISSA_BITS[type_name]
     y = reference.transform_keys(x, transform)
     with np.errstate(over="ignore"):  # feedback from a block of huge values, in units of a small step
-        encoded = reference.encode_transformed(y, bits, block_size, transform.feedback)
+        encoded = reference_blocks.encode_transformed(y, type_name, block_size, transform.feedback)
     mantissas, exponents = (t.reshape(-1, 64, *t.shape[1:]).swapaxes(1, 2) for t in encoded)
     n_tiles, n_heads = mantissas.shape[:2]
     return np.stack(
         [
-            [reference.tile_of(mantissas[tile, head], exponents[tile, head], bits) for head in range(n_heads)]
+            [reference.tile_of(mantissas[tile, head], exponents[tile, head], type_name) for head in range(n_heads)]
             for tile in range(n_tiles)
         ]
     )
 
 
-def nasty_heads(rng, n_tokens: int, n_heads: int, head_dim: int, bits: int) -> np.ndarray:
-    """float32 [n_tokens, n_heads, head_dim] of nasty rows that stay below 2^120 whatever random_transform does."""
-    rows = nasty_rows(rng, n_tokens * n_heads, head_dim, bits)
-    return np.clip(rows, -1e32, 1e32).reshape(n_tokens, n_heads, head_dim)
+def nasty_heads(rng, n_tokens: int, n_heads: int, head_dim: int, type_name: str) -> np.ndarray:
+    """float32 [n_tokens, n_heads, head_dim] of nasty rows that can be packed whatever random_transform does."""
+    rows = nasty_rows(rng, n_tokens * n_heads, head_dim, reference.MANTISSA_BITS[type_name])
+    largest = 100 if type_name in reference_blocks.SCALED_TYPES else 1e32
+    return np.clip(rows, -largest, largest).astype(np.float32).reshape(n_tokens, n_heads, head_dim)
 
 
 STEPS = [(), *((step,) for step in RUN_TIME_STEPS), RUN_TIME_STEPS, RUN_TIME_STEPS[:4], RUN_TIME_STEPS[:3]]
@@ -50,26 +50,27 @@ STEPS = [(), *((step,) for step in RUN_TIME_STEPS), RUN_TIME_STEPS, RUN_TIME_STE
 
 @drawn(36, type_name=BFP_TYPES, shape=BFP_SHAPES, steps=STEPS)
 def test_packed_bytes_equal_the_reference(level, rng, type_name, shape, steps):
-    """Catches a fused multiply-add, another order of sums, strides or errors, a wrong exponent choice or tie."""
+    """Catches products rounded or fused where they should not be, another order of sums, strides or errors, a wrong
+    choice of scale byte, and ties."""
     head_dim, block_size = shape
     transform = random_transform(rng, 2, head_dim, steps)
-    x = nasty_heads(rng, 128, 2, head_dim, reference.MANTISSA_BITS[type_name])
+    x = nasty_heads(rng, 128, 2, head_dim, type_name)
     cache, tiles = new_cache(type_name, head_dim, block_size, 2, 128)
-    for start, end in ((0, 1), (1, 19), (19, 21), (21, 128)):  # one by one, a group and a rest, across tiles
+    for start, end in ((0, 1), (1, 19), (19, 21), (21, 37), (37, 128)):  # one by one, a group and a rest, across tiles
         cache.pack(x[start:end], start, transform=transform)
     assert (tiles == expected_tiles(x, type_name, block_size, transform)).all()
 
 
+@pytest.mark.parametrize("type_name", ["bfp12", "sbfp11"])
 @pytest.mark.parametrize("head_dim", [64, 90])
-def test_every_number_of_tokens(level, rng, head_dim):
+def test_every_number_of_tokens(level, rng, type_name, head_dim):
     """Catches groups of tokens that lose, repeat or mix up tokens, and stores beyond the call's slots."""
     first_slot, transform = 13, random_transform(rng, 2, head_dim)
-    x = np.zeros((64, 2, head_dim), np.float32)
-    x[:] = nasty_heads(rng, 64, 2, head_dim, 4)
-    whole = expected_tiles(x, "bfp12", 32, transform)
-    slot_of_byte = token_of_byte("bfp12", head_dim, 32)
-    for n_tokens in range(1, 41):
-        cache, tiles = new_cache("bfp12", head_dim, 32, 2, 64, fill=0xA5)
+    x = nasty_heads(rng, 128, 2, head_dim, type_name)
+    whole = expected_tiles(x, type_name, 32, transform)
+    slot_of_byte = token_of_byte(type_name, head_dim, 32) + 64 * np.arange(2)[:, None, None]
+    for n_tokens in range(1, 101):
+        cache, tiles = new_cache(type_name, head_dim, 32, 2, 128, fill=0xA5)
         cache.pack(x[first_slot : first_slot + n_tokens], first_slot, transform=transform)
         written = (slot_of_byte >= first_slot) & (slot_of_byte < first_slot + n_tokens)
         assert (tiles == np.where(written, whole, 0xA5)).all(), n_tokens
@@ -79,7 +80,7 @@ def test_every_number_of_tokens(level, rng, head_dim):
 def test_parts_make_the_whole(level, rng, nth):
     """Catches parts whose borders inside a head's tokens change bytes: groups begin elsewhere there."""
     transform = random_transform(rng, 3, 80)
-    x = nasty_heads(rng, 64, 3, 80, 6)
+    x = nasty_heads(rng, 64, 3, 80, "bfp14")
     cache, tiles = new_cache("bfp14", 80, 32, 3, 64, fill=0xA5)
     for ith in reversed(range(nth)):
         cache.pack(x[5:], 5, ith=ith, nth=nth, transform=transform)
@@ -101,12 +102,36 @@ def test_rope_comes_first(level, rng):
 def test_runs_of_one_magnitude(level, rng, type_name):
     """Catches exponents below 1 or too large, and signs lost: whole heads of the smallest and largest numbers."""
     feedback = random_transform(rng, 1, 64, ("feedback",))
-    for value in (2.0**-149, 2.0**-126, 2.0**-125, 1.0, 2.0**119):
+    largest = 2.0**119
+    if type_name in reference_blocks.SCALED_TYPES:
+        largest = reference_blocks.largest_magnitude(type_name)
+    for value in (2.0**-149, 2.0**-126, 2.0**-125, 2.0**-14, 1.0, largest):
         x = (rng.choice([-1, 1], (64, 1, 64)) * value).astype(np.float32)
         for transform in (Transform(), feedback):
             cache, tiles = new_cache(type_name, 64, 32, 1, 64)
             cache.pack(x, 0, transform=transform)
             assert (tiles == expected_tiles(x, type_name, 32, transform)).all(), (value, transform is feedback)
+
+
+@pytest.mark.parametrize("type_name", reference_blocks.SCALED_TYPES)
+@pytest.mark.parametrize("shape", [(16, 16), (34, 32), (64, 32), (128, 64), (256, 128)])
+def test_every_scale(level, rng, type_name, shape):
+    """Catches a scale byte off by one, a wrong sign where the largest values differ by it, and steps below 2^-14."""
+    head_dim, block_size = shape
+    low = 2 ** (reference.MANTISSA_BITS[type_name] - 1)
+    scales = reference_blocks.decode_scales(np.arange(1, 0x7C, dtype=np.uint8))
+    around = np.nextafter(np.repeat(scales, 3), np.tile(np.float32([0, 1, 1e9]), len(scales)))
+    around = np.where(np.arange(len(around)) % 3 == 1, np.repeat(scales, 3), around)
+    largest = np.resize(np.minimum(low * around, (low - 1) * scales[-1]), 6 * 64)[:, None, None]
+    x = rng.uniform(-1, 1, (6 * 64, 1, head_dim)) * largest
+    at = rng.integers(0, head_dim, (len(x), 1, 2))  # of a pair, the first decides
+    np.put_along_axis(x, at, largest * rng.choice([-1, 1], at.shape), axis=2)
+    x = x.astype(np.float32)
+    for transform in (Transform(), random_transform(rng, 1, head_dim, ("feedback",))):
+        cache, tiles = new_cache(type_name, head_dim, block_size, 1, len(x))
+        cache.pack(x[:1], 0, transform=transform)
+        cache.pack(x[1:], 1, transform=transform)
+        assert (tiles == expected_tiles(x, type_name, block_size, transform)).all()
 
 
 GROWTH = {  # transforms of a head of 16 equal channels, and how much larger its largest channel becomes
@@ -116,24 +141,30 @@ GROWTH = {  # transforms of a head of 16 equal channels, and how much larger its
 }
 
 
+@pytest.mark.parametrize("type_name", ["bfp12", *reference_blocks.SCALED_TYPES])
 @pytest.mark.parametrize("name", GROWTH)
 @pytest.mark.parametrize("n_tokens", [1, 20])
-def test_range_after_the_transform(level, name, n_tokens):
+def test_range_after_the_transform(level, type_name, name, n_tokens):
     """Catches a range check before the transform, one that refuses what fits, and bytes written before a refusal.
 
-    And advice that does not help: the transform goes with every BFP type, so only float types do.
+    And advice that does not help: the transform goes with every BFP and SBFP type, so only float types do.
     """
     transform, growth = GROWTH[name]
-    x = np.full((n_tokens, 1, 16), 2.0**119 / growth, np.float32)
-    cache, tiles = new_cache("bfp12", 16, 16, 1, 64, fill=0xA5)
-    for too_large in (2.0**120 / growth, 3e38):
-        x[-1] = too_large
+    largest = np.nextafter(np.float32(2.0**120), np.float32(0))
+    if type_name in reference_blocks.SCALED_TYPES:
+        largest = np.float32(reference_blocks.largest_magnitude(type_name))
+    largest = largest / np.float32(growth)
+    x = np.full((64, 1, 16), largest, np.float32)
+    cache, tiles = new_cache(type_name, 16, 16, 1, 64, fill=0xA5)
+    for too_large in (np.nextafter(largest, np.float32(np.inf)), 3e38):
+        x[n_tokens - 1] = too_large
         with pytest.raises(KsortError, match=r"too large.*`cache_type_k` f32 and `cache_type_v` f32"):
-            cache.pack(x, 0, transform=transform)
+            cache.pack(x[:n_tokens], 0, transform=transform)
     assert (tiles == 0xA5).all()
-    x[-1] = np.nextafter(np.float32(2.0**120 / growth), np.float32(0))
-    cache.pack(x, 0, transform=transform)
-    assert np.abs(cache.unpack(0, n_tokens)).max() >= 2.0**119
+    x[:] = largest
+    cache.pack(x[:n_tokens], 0, transform=transform)
+    written = token_of_byte(type_name, 16, 16) < n_tokens
+    assert (tiles == np.where(written, expected_tiles(x, type_name, 16, transform), 0xA5)).all()
 
 
 def test_huge_shift_is_a_range_error(level):

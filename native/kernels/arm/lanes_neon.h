@@ -21,13 +21,19 @@ ALWAYS_INLINE lanes lanes_round(lanes x)
     return vrndnq_f32(x);
 }
 
-/* The number, where one is NaN. */
 /* a * b + c, rounded once. */
 ALWAYS_INLINE lanes lanes_multiply_add(lanes a, lanes b, lanes c)
 {
     return vfmaq_f32(c, a, b);
 }
 
+/* c - a * b, rounded once. */
+ALWAYS_INLINE lanes lanes_minus_product(lanes c, lanes a, lanes b)
+{
+    return vfmsq_f32(c, a, b);
+}
+
+/* The number, where one is NaN. */
 ALWAYS_INLINE lanes lanes_min(lanes a, lanes b)
 {
     return vminnmq_f32(a, b);
@@ -46,6 +52,14 @@ ALWAYS_INLINE lanes_int lanes_max_int(lanes_int a, lanes_int b)
 ALWAYS_INLINE lanes_int lanes_to_int(lanes x)
 {
     return (lanes_int)vcvtnq_s32_f32(x);
+}
+
+/* Four channels' mantissas as the bytes of 4 tokens' quads. */
+ALWAYS_INLINE lanes_int lanes_quad(lanes a, lanes b, lanes c, lanes d)
+{
+    int32x4_t quad = vsliq_n_s32(vcvtnq_s32_f32(a), vcvtnq_s32_f32(b), 8);
+    quad = vsliq_n_s32(quad, vcvtnq_s32_f32(c), 16);
+    return (lanes_int)vsliq_n_s32(quad, vcvtnq_s32_f32(d), 24);
 }
 
 /* Lane i in all lanes: a table lookup of its four bytes, as an index that is no constant would go through memory. */
@@ -125,7 +139,7 @@ ALWAYS_INLINE lanes look_up(const float *table, uint32_t n, const uint16_t *indi
 }
 
 /* out[c] lane r = rows[r] lane c. Pairs of rows, then their halves. */
-ALWAYS_INLINE void transpose_registers(const lanes rows[LANES], lanes out[LANES])
+ALWAYS_INLINE void transpose_lanes(const lanes rows[LANES], lanes out[LANES])
 {
     float64x2_t even[2], odd[2];
     for (int pair = 0; pair < 2; pair++) {
@@ -136,14 +150,6 @@ ALWAYS_INLINE void transpose_registers(const lanes rows[LANES], lanes out[LANES]
     out[1] = vreinterpretq_f32_f64(vtrn1q_f64(odd[0], odd[1]));
     out[2] = vreinterpretq_f32_f64(vtrn2q_f64(even[0], even[1]));
     out[3] = vreinterpretq_f32_f64(vtrn2q_f64(odd[0], odd[1]));
-}
-
-/* Columns of 4 rows that lie row_stride floats apart: out[c] lane r = rows[r][c]. */
-ALWAYS_INLINE void transpose_lanes(const float *rows, size_t row_stride, lanes out[LANES])
-{
-    const lanes in[LANES] = {vld1q_f32(rows), vld1q_f32(rows + row_stride), vld1q_f32(rows + 2 * row_stride),
-                             vld1q_f32(rows + 3 * row_stride)};
-    transpose_registers(in, out);
 }
 
 /* sum + values[0] * x[0] + ... + values[3] * x[3], multiply-adds by element. */

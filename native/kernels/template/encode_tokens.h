@@ -1,187 +1,272 @@
-/* The encoder of transformed heads for LANES tokens of one head at once: every register holds one channel of LANES
- * tokens, so no step runs across lanes and the feedback chain of all tokens is walked together.
+/* The encoder of transformed heads for several registers of LANES tokens of one head: every register holds one channel of
+ * LANES tokens, so no step runs across lanes and the feedback chain of all tokens is walked together. The chain's latency
+ * (some 16 cycles a channel) is what more than one register of tokens hides, and they share each entry of feedback.
  *
- *     heads [LANES tokens][head_dim] --transpose--> y [head_dim][LANES]
- *     y --shift, scale, rotate (radix 8: three strides a pass), permutation--> y --a block at a time--> exponents
- *     channels in panels of 8, held in registers:
+ *     heads [R LANES tokens][head_dim] --shift, scale, transpose--> rotated [head_dim][R]
+ *     --rotate (radix 8: three strides a pass)--> --permutation--> y [head_dim][R] --a block at a time--> scale bytes, steps
+ *     channels in panels of P, held in P R registers:
  *         panel[i] -= error[c] * feedback[c][i]       for all channels c before the panel, in their order
  *         panel[i] --round--> mantissa, error[i]; panel[i + 1 ..] -= error[i] * feedback[i][i + 1 ..]
- *     mantissas --four to a quad--> quads [n_quads][LANES] --transpose--> tokens
+ *     mantissas --four to a quad--> quads [n_quads][R]
  *
- * Bytes moved, a panel: 4 LANES for each earlier channel's errors, which stand in y's place (up to 16 KB, L1), and 32
- * of its feedback row; the panel itself is loaded and stored once.
+ *     P R registers of y:    R = 3, P = 4       R = 1, P = 8: fewer tokens
+ *         channels          |t0 t1 t2|         |t0|
  *
- * The including file includes a level's lanes_*.h.
+ * Bytes moved, a panel: 4 R LANES for each earlier channel's errors, which stand in y's place (up to 24 KB with AVX2), and
+ * 4 P of its feedback row for P R multiply-adds; the panel itself is loaded and stored once.
+ *
+ * The including file includes a level's lanes_*.h. R, P and is_scaled are constants throughout.
  */
 #ifndef KSORT_ENCODE_TOKENS_H
 #define KSORT_ENCODE_TOKENS_H
 
 #include "template/encode_step.h"
 
-#define PANEL 8 /* channels: two quads, within a block of any size */
+#define MAX_REGISTERS 3 /* of tokens: R */
+#define MAX_PANEL 12    /* registers: P * R */
 
-/* Strides `stride`, 2 stride, .. of `radix` rows that lie `stride` apart. radix is a constant. */
-ALWAYS_INLINE void butterflies(lanes *y, uint32_t stride, const uint32_t radix)
+/* Strides 1, 2, .. of `radix` registers. Subtracting as a fused product keeps adders and multipliers of some cores busy. */
+ALWAYS_INLINE void butterflies(lanes *rows, const uint32_t radix)
 {
-    lanes rows[8];
-#pragma GCC unroll 8
-    for (uint32_t i = 0; i < radix; i++)
-        rows[i] = y[i * stride];
-#pragma GCC unroll 3
+#pragma GCC unroll 4
     for (uint32_t apart = 1; apart < radix; apart *= 2)
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (uint32_t i = 0; i < radix; i++)
             if (!(i & apart)) {
                 lanes a = rows[i], b = rows[i + apart];
                 rows[i] = a + b;
-                rows[i + apart] = a - b;
+                rows[i + apart] = lanes_minus_product(a, b, lanes_set(1.0f));
             }
+}
+
+/* Strides `stride`, 2 stride, .. of y [n], times `factor`. */
+ALWAYS_INLINE void pass_of_butterflies(lanes *y, size_t n, size_t stride, const uint32_t radix, float factor)
+{
+    for (size_t begin = 0; begin < n; begin += radix * stride)
+        for (size_t i = begin; i < begin + stride; i++) {
+            lanes rows[8];
 #pragma GCC unroll 8
-    for (uint32_t i = 0; i < radix; i++)
-        y[i * stride] = rows[i];
+            for (uint32_t k = 0; k < radix; k++)
+                rows[k] = y[i + k * stride];
+            butterflies(rows, radix);
+#pragma GCC unroll 8
+            for (uint32_t k = 0; k < radix; k++)
+                y[i + k * stride] = rows[k] * factor;
+        }
 }
 
-ALWAYS_INLINE void pass_of_butterflies(lanes *y, uint32_t n, uint32_t stride, const uint32_t radix)
+/* What load_heads left to do: strides from LANES on where the segment has them, all strides of shorter ones.
+ * y [head_dim][R] */
+static void rotate_lanes(lanes *y, uint32_t head_dim, const uint32_t R)
 {
-    for (uint32_t begin = 0; begin < n; begin += radix * stride)
-        for (uint32_t i = begin; i < begin + stride; i++)
-            butterflies(y + i, stride, radix);
-}
-
-static void rotate_lanes(lanes *y, uint32_t head_dim)
-{
-    for (uint32_t begin = 0, n; begin < head_dim; begin += n, y += n) {
+    for (uint32_t begin = 0, n; begin < head_dim; begin += n, y += (size_t)n * R) {
         n = largest_power_of_two(head_dim - begin);
-        uint32_t stride = 1;
-        for (; 8 * stride <= n; stride *= 8)
-            pass_of_butterflies(y, n, stride, 8);
-        if (4 * stride == n)
-            pass_of_butterflies(y, n, stride, 4);
-        else if (2 * stride == n)
-            pass_of_butterflies(y, n, stride, 2);
         float factor = rotation_factor(n);
-        for (uint32_t i = 0; i < n; i++)
-            y[i] *= factor;
-    }
-}
-
-ALWAYS_INLINE lanes sum_lanes_in_halves(lanes sums[16])
-{
-    for (uint32_t half = 8; half > 0; half /= 2)
-        for (uint32_t i = 0; i < half; i++)
-            sums[i] += sums[i + half];
-    return sums[0];
-}
-
-static lanes_int least_error_exponents(const lanes *y, uint32_t n, int32_t mantissa_bits)
-{
-    lanes_int largest = {0};
-    for (uint32_t c = 0; c < n; c++)
-        largest = lanes_max_int(largest, (lanes_int)y[c] & 0x7FFFFFFF);
-    lanes_int exponent = largest >> 23;
-    struct lanes_step step = lanes_step_of(exponent, mantissa_bits);
-    lanes own[16], halved[16];
-    for (uint32_t residue = 0; residue < 16; residue++) { /* n is at least 2, and all sums begin at 0 */
-        own[residue] = halved[residue] = lanes_set(0.0f);
-        for (uint32_t c = residue; c < n; c += 16) {
-            lanes u = y[c] * step.first * step.second, twice = u + u;
-            lanes error = u - lanes_mantissa(u, step.low, step.high);
-            lanes error_of_twice = twice - lanes_mantissa(twice, step.low, step.high);
-            own[residue] += error * error;
-            halved[residue] += error_of_twice * error_of_twice;
+        for (uint32_t stride = n < LANES ? 1 : LANES, radix;; stride *= radix) {
+            uint32_t rest = n / stride; /* to go: 16 is 4 * 4, other numbers begin with 8 */
+            radix = rest == 16 ? 4 : (uint32_t)min_size(rest, 8);
+            float factor_now = radix == rest ? factor : 1.0f;
+            switch (radix) {
+            case 8: pass_of_butterflies(y, (size_t)n * R, (size_t)stride * R, 8, factor_now); break;
+            case 4: pass_of_butterflies(y, (size_t)n * R, (size_t)stride * R, 4, factor_now); break;
+            case 2: pass_of_butterflies(y, (size_t)n * R, (size_t)stride * R, 2, factor_now); break;
+            default: pass_of_butterflies(y, (size_t)n * R, (size_t)stride * R, 1, factor_now);
+            }
+            if (radix == rest)
+                break;
         }
     }
-    lanes_int is_smaller = sum_lanes_in_halves(halved) < 4.0f * sum_lanes_in_halves(own);
-    return exponent + (is_smaller & (exponent > 1)); /* a true comparison is -1 */
 }
 
-/* Channels first .. first + n - 1, n up to PANEL. feedback, or NULL, is the head's matrix. Errors replace y. */
-ALWAYS_INLINE void round_panel(lanes *y, lanes_int *quads, const float *feedback, uint32_t head_dim, uint32_t first,
-                               uint32_t n, const struct lanes_step *step)
+/* Channels c .. c + LANES - 1, n of them inside the head, of LANES tokens: y [LANES][R]. Where all are inside, a segment
+ * of rotating holds them, whose first strides they run through here. */
+ALWAYS_INLINE void load_channels(const struct head_transform *transform, const float *const tokens[LANES], uint32_t c,
+                                 const uint32_t n, lanes *y, const uint32_t R)
 {
-    lanes panel[PANEL] = {{0}};
-#pragma GCC unroll 8
-    for (uint32_t i = 0; i < n; i++)
-        panel[i] = y[first + i];
-    for (uint32_t c = 0; feedback && c < first; c++) {
-        const float *row = feedback + (size_t)c * head_dim + first;
-        lanes error = y[c];
-#pragma GCC unroll 8
-        for (uint32_t i = 0; i < n; i++)
-            panel[i] -= error * row[i];
-    }
-    lanes_int quad[2] = {{0}, {0}};
-#pragma GCC unroll 8
-    for (uint32_t i = 0; i < n; i++) {
-        lanes mantissa = lanes_mantissa(panel[i] * step->first * step->second, step->low, step->high);
-        quad[i / 4] |= (lanes_to_int(mantissa) & 0xFF) << (8 * (i % 4));
-        if (!feedback)
-            continue;
-        const float *row = feedback + (size_t)(first + i) * head_dim + first;
-        lanes error = panel[i] - mantissa * step->step;
-        y[first + i] = error;
-#pragma GCC unroll 8
-        for (uint32_t j = i + 1; j < n; j++)
-            panel[j] -= error * row[j];
-    }
-    quads[first / 4] = quad[0];
-    quads[first / 4 + 1] = quad[1];
+    lanes rows[LANES], columns[LANES];
+    lanes shift = transform->shift ? load_below(transform->shift + c, n, 0) : lanes_set(0.0f);
+    lanes scale = transform->scale ? load_below(transform->scale + c, n, 0) : lanes_set(1.0f);
+#pragma GCC unroll 16
+    for (uint32_t i = 0; i < LANES; i++)
+        rows[i] = (load_below(tokens[i] + c, n, 0) - shift) * scale;
+    transpose_lanes(rows, columns);
+    if (n == LANES && transform->rotate)
+        butterflies(columns, LANES);
+#pragma GCC unroll 16
+    for (uint32_t i = 0; i < LANES; i++)
+        y[i * R] = columns[i];
 }
 
-/* y [head_dim] becomes quads, in pairs up to the last panel's, and exponents [n_blocks]. */
-static void encode_lanes(const struct head_layout *layout, const float *feedback, lanes *y, lanes_int *quads,
-                         lanes_int *exponents)
+/* heads [n_tokens][head_dim], `stride` floats apart, shifted, scaled and rotated: y [head_dim][R]. Missing tokens repeat
+ * the last one. */
+ALWAYS_INLINE void load_heads(const struct head_transform *transform, uint32_t head_dim, uint32_t n_tokens,
+                              const float *heads, size_t stride, lanes *y, const uint32_t R)
 {
-    uint32_t head_dim = layout->head_dim;
-    for (uint32_t b = 0, n; b < layout->n_blocks; b++) {
-        n = (uint32_t)min_size(layout->block_size, head_dim - b * layout->block_size);
-        exponents[b] = least_error_exponents(y + b * layout->block_size, n, (int32_t)layout->mantissa_bits);
+    for (uint32_t r = 0; r < R; r++) {
+        const float *tokens[LANES];
+        for (uint32_t i = 0; i < LANES; i++)
+            tokens[i] = heads + min_size(r * LANES + i, n_tokens - 1) * stride;
+        uint32_t c = 0;
+        for (; c + LANES <= head_dim; c += LANES)
+            load_channels(transform, tokens, c, LANES, y + c * R + r, R);
+        if (c < head_dim)
+            load_channels(transform, tokens, c, head_dim - c, y + c * R + r, R);
     }
-    for (uint32_t first = 0; first < head_dim; first += PANEL) {
-        struct lanes_step step = lanes_step_of(exponents[first / layout->block_size], (int32_t)layout->mantissa_bits);
-        if (head_dim - first >= PANEL)
-            round_panel(y, quads, feedback, head_dim, first, PANEL, &step);
-        else
-            round_panel(y, quads, feedback, head_dim, first, head_dim - first, &step);
-    }
-}
-
-/* See kernels.h; n_tokens up to LANES. Heads of missing tokens count as zero. */
-static void encode_group(const struct head_transform *transform, const struct head_layout *layout, uint32_t n_tokens,
-                         float (*heads)[KSORT_MAX_HEAD_DIM], struct encoded_head *encoded)
-{
-    uint32_t head_dim = layout->head_dim;
-    lanes y[KSORT_MAX_HEAD_DIM];
-    lanes_int quads[MAX_QUADS + LANES], exponents[MAX_BLOCKS];
-    for (uint32_t token = n_tokens; token < LANES; token++)
-        memset(heads[token], 0, head_dim * sizeof(float));
-    for (uint32_t c = 0; c < head_dim; c += LANES)
-        transpose_lanes(heads[0] + c, KSORT_MAX_HEAD_DIM, y + c);
-    for (uint32_t c = 0; transform->shift && c < head_dim; c++)
-        y[c] -= transform->shift[c];
-    for (uint32_t c = 0; transform->scale && c < head_dim; c++)
-        y[c] *= transform->scale[c];
     if (transform->rotate)
-        rotate_lanes(y, head_dim);
-    if (transform->permutation) {
-        lanes copy[KSORT_MAX_HEAD_DIM];
-        memcpy(copy, y, head_dim * sizeof *y);
-        for (uint32_t i = 0; i < head_dim; i++)
-            y[i] = copy[transform->permutation[i]];
-    }
-    encode_lanes(layout, transform->feedback, y, quads, exponents);
+        rotate_lanes(y, head_dim, R);
+}
 
-    uint32_t n_quads = (head_dim + 3) / 4;
-    for (uint32_t first = 0; first < n_quads; first += LANES) {
-        lanes tokens[LANES];
-        transpose_lanes((const float *)(quads + first), LANES, tokens);
-        size_t n_bytes = min_size(n_quads - first, LANES) * 4;
-        for (uint32_t token = 0; token < n_tokens; token++)
-            memcpy(encoded[token].mantissas.quads + first, &tokens[token], n_bytes);
+/* Partial sum `residue` of a block's squared errors, for two steps. */
+ALWAYS_INLINE void add_partial(const lanes *y, uint32_t n, uint32_t residue, const struct lanes_step *steps, lanes *sums,
+                               const uint32_t R, const bool is_scaled)
+{
+    lanes first = lanes_set(0.0f), second = lanes_set(0.0f);
+#pragma GCC unroll 2
+    for (uint32_t c = residue; c < n; c += 16) {
+        first = lanes_add_square(first, y[c * R], &steps[0], is_scaled);
+        second = lanes_add_square(second, y[c * R], &steps[1], is_scaled);
     }
+    sums[0] += first;
+    sums[1] += second;
+}
+
+/* The squared errors of a block, y [n] R apart, for two steps. */
+ALWAYS_INLINE void squared_errors(const lanes *y, uint32_t n, const struct lanes_step steps[2], lanes errors[2],
+                                  const uint32_t R, const bool is_scaled)
+{
+    lanes sums[8][2];
+    for (uint32_t i = 0; i < 8; i++) {
+        sums[i][0] = sums[i][1] = lanes_set(-0.0f); /* which adds nothing to any sum */
+        add_partial(y, n, i, steps, sums[i], R, is_scaled);
+        add_partial(y, n, i + 8, steps, sums[i], R, is_scaled);
+    }
+#pragma GCC unroll 2
+    for (uint32_t k = 0; k < 2; k++)
+        errors[k] = ((sums[0][k] + sums[4][k]) + (sums[2][k] + sums[6][k])) +
+                    ((sums[1][k] + sums[5][k]) + (sums[3][k] + sums[7][k]));
+}
+
+/* A block of n channels of one register of tokens, y [n] R apart, from its largest values: its scale bytes and steps. */
+ALWAYS_INLINE lanes_int choose_step(const lanes *y, uint32_t n, lanes largest, int32_t mantissa_bits,
+                                    struct lanes_step *chosen, const uint32_t R, const bool is_scaled)
+{
+    lanes_int code = lanes_larger_code(largest, mantissa_bits, is_scaled);
+    lanes_int has_smaller = lanes_code_magnitude(code, is_scaled) > 1; /* a true comparison is -1 */
+    struct lanes_step steps[2] = {lanes_step_of(code, mantissa_bits, is_scaled),
+                                  lanes_step_of(code + has_smaller, mantissa_bits, is_scaled)};
+    lanes errors[2];
+    if (n == 32)
+        squared_errors(y, 32, steps, errors, R, is_scaled);
+    else
+        squared_errors(y, n, steps, errors, R, is_scaled);
+    lanes weights[2] = {lanes_set(4.0f), lanes_set(1.0f)};
+    if (is_scaled)
+        weights[0] = steps[0].step * steps[0].step, weights[1] = steps[1].step * steps[1].step;
+    lanes_int is_smaller = has_smaller & (errors[1] * weights[1] < errors[0] * weights[0]);
+    *chosen = steps[0]; /* low and high are the same */
+    chosen->first = lanes_either(is_smaller, steps[1].first, steps[0].first);
+    chosen->second = lanes_either(is_smaller, steps[1].second, steps[0].second);
+    chosen->step = lanes_either(is_smaller, steps[1].step, steps[0].step);
+    return code + is_smaller;
+}
+
+/* Block b of y [head_dim][R] from `rotated`, permuted; codes [R LANES], steps [R]. */
+ALWAYS_INLINE void choose_steps(const struct head_layout *layout, const uint16_t *permutation, const lanes *rotated,
+                                uint32_t b, lanes *y, uint8_t *codes, struct lanes_step *steps, const uint32_t R,
+                                const bool is_scaled)
+{
+    uint32_t begin = b * layout->block_size, n = (uint32_t)min_size(layout->block_size, layout->head_dim - begin);
+    lanes largest[MAX_REGISTERS] = {{0}};
+    for (uint32_t c = begin + n; c-- > begin;) /* backwards: of equal ones the first stays */
+#pragma GCC unroll 3
+        for (uint32_t r = 0; r < R; r++) {
+            lanes x = rotated[(permutation ? permutation[c] : c) * R + r];
+            largest[r] = lanes_either(lanes_magnitude(x) >= lanes_magnitude(largest[r]), x, largest[r]);
+            y[c * R + r] = x;
+        }
+#pragma GCC unroll 3
+    for (uint32_t r = 0; r < R; r++) {
+        lanes_int code =
+            choose_step(y + begin * R + r, n, largest[r], (int32_t)layout->mantissa_bits, &steps[r], R, is_scaled);
+        store_bytes((int8_t *)codes + r * LANES, LANES, code << 24 >> 24); /* signed bytes, which no level saturates */
+    }
+}
+
+/* Channels first .. first + P - 1, of one block. feedback, or NULL, is the head's matrix; errors replace y.
+ * mantissas [P][R] */
+ALWAYS_INLINE void round_panel(lanes *y, const float *feedback, uint32_t head_dim, uint32_t first,
+                               const struct lanes_step *steps, lanes *mantissas, const uint32_t P, const uint32_t R,
+                               const bool is_scaled)
+{
+    lanes panel[MAX_PANEL];
+#pragma GCC unroll 12
+    for (uint32_t i = 0; i < P * R; i++)
+        panel[i] = y[first * R + i];
+    const float *row = feedback ? feedback + first : NULL;
+    for (uint32_t c = 0; feedback && c < first; c++, row += head_dim)
+#pragma GCC unroll 8
+        for (uint32_t i = 0; i < P; i++)
+#pragma GCC unroll 3
+            for (uint32_t r = 0; r < R; r++)
+                panel[i * R + r] = lanes_minus_product(panel[i * R + r], y[c * R + r], lanes_set(row[i]));
+    y += first * R;
+#pragma GCC unroll 8
+    for (uint32_t i = 0; i < P; i++)
+#pragma GCC unroll 3
+        for (uint32_t r = 0; r < R; r++) {
+            lanes x = panel[i * R + r];
+#pragma GCC unroll 8
+            for (uint32_t c = 0; feedback && c < i; c++) /* only the last of them waits for the channel before */
+                x = lanes_minus_product(x, y[c * R + r], lanes_set(row[c * head_dim + i]));
+            lanes mantissa = lanes_mantissa(lanes_units(x, &steps[r], is_scaled), &steps[r]);
+            mantissas[i * R + r] = mantissa;
+            y[i * R + r] = lanes_minus_product(x, mantissa, steps[r].step);
+        }
+}
+
+/* mantissas [P][R] of channels from `first` on, to quads [][tokens]. */
+ALWAYS_INLINE void store_quads(const lanes *mantissas, uint32_t first, uint32_t (*quads)[GROUP_TOKENS],
+                               const uint32_t P, const uint32_t R)
+{
+#pragma GCC unroll 3
+    for (uint32_t r = 0; r < R; r++) {
+        lanes_int *quad = (lanes_int *)&quads[first / 4][r * LANES];
+        const lanes *m = mantissas + r;
+        if (P == 2) { /* half a quad, the upper one where first is no multiple of 4 */
+            lanes_int half = lanes_quad(m[0], m[R], lanes_set(0.0f), lanes_set(0.0f));
+            *quad = first % 4 ? *quad | half << 16 : half;
+        }
+#pragma GCC unroll 2
+        for (uint32_t i = 0; i + 4 <= P; i += 4, quad += GROUP_TOKENS / LANES)
+            *quad = lanes_quad(m[i * R], m[(i + 1) * R], m[(i + 2) * R], m[(i + 3) * R]);
+    }
+}
+
+/* n_tokens, up to R * LANES, to the columns from first_token on; see kernels.h. */
+ALWAYS_INLINE void encode_group(const struct head_transform *transform, const struct head_layout *layout,
+                                uint32_t n_tokens, const float *heads, size_t stride, uint32_t first_token,
+                                struct encoded_tokens *encoded, const uint32_t P, const uint32_t R,
+                                const bool is_scaled)
+{
+    uint32_t head_dim = layout->head_dim;
+    lanes rotated[KSORT_MAX_HEAD_DIM * MAX_REGISTERS], y[KSORT_MAX_HEAD_DIM * MAX_REGISTERS], mantissas[MAX_PANEL];
+    struct lanes_step steps[MAX_BLOCKS][MAX_REGISTERS];
+    uint32_t(*quads)[GROUP_TOKENS] = (uint32_t(*)[GROUP_TOKENS]) & encoded->quads[0][first_token];
+    load_heads(transform, head_dim, n_tokens, heads, stride, rotated, R);
     for (uint32_t b = 0; b < layout->n_blocks; b++)
-        for (uint32_t token = 0; token < n_tokens; token++)
-            encoded[token].exponents[b] = (uint8_t)exponents[b][token];
+        choose_steps(layout, transform->permutation, rotated, b, y, &encoded->exponents[b][first_token], steps[b], R,
+                     is_scaled);
+    uint32_t first = 0;
+    for (; first + P <= head_dim; first += P) {
+        round_panel(y, transform->feedback, head_dim, first, steps[first / layout->block_size], mantissas, P, R,
+                    is_scaled);
+        store_quads(mantissas, first, quads, P, R);
+    }
+    for (; first < head_dim; first += 2) {
+        round_panel(y, transform->feedback, head_dim, first, steps[first / layout->block_size], mantissas, 2, R,
+                    is_scaled);
+        store_quads(mantissas, first, quads, 2, R);
+    }
 }
 
 #endif /* KSORT_ENCODE_TOKENS_H */

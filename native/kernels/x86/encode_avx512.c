@@ -27,8 +27,8 @@ ALWAYS_INLINE void transform_key(const struct head_transform *transform, uint32_
 #include "template/encode_channels.h"
 
 void ksort_avx512_encode_transformed(const struct head_transform *transform, const struct head_layout *layout,
-                                     uint32_t n_tokens, float (*heads)[KSORT_MAX_HEAD_DIM],
-                                     struct encoded_head *encoded)
+                                     uint32_t n_tokens, const float *heads, size_t stride,
+                                     struct encoded_tokens *encoded)
 {
-    encode_heads(transform, layout, n_tokens, heads, encoded);
+    encode_heads(transform, layout, n_tokens, heads, stride, encoded);
 }

@@ -38,6 +38,12 @@ ALWAYS_INLINE lanes lanes_multiply_add(lanes a, lanes b, lanes c)
     return _mm256_fmadd_ps(a, b, c);
 }
 
+/* c - a * b, rounded once. */
+ALWAYS_INLINE lanes lanes_minus_product(lanes c, lanes a, lanes b)
+{
+    return _mm256_fnmadd_ps(a, b, c);
+}
+
 ALWAYS_INLINE lanes lanes_min(lanes a, lanes b)
 {
     return _mm256_min_ps(a, b);
@@ -56,6 +62,16 @@ ALWAYS_INLINE lanes_int lanes_max_int(lanes_int a, lanes_int b)
 ALWAYS_INLINE lanes_int lanes_to_int(lanes x)
 {
     return (lanes_int)_mm256_cvtps_epi32(x);
+}
+
+/* Four channels' mantissas as the bytes of 8 tokens' quads: first [4 channels][4 tokens] bytes in each 128-bit half. */
+ALWAYS_INLINE lanes_int lanes_quad(lanes a, lanes b, lanes c, lanes d)
+{
+    const __m256i by_token = _mm256_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15, 0, 4, 8, 12, 1, 5, 9,
+                                              13, 2, 6, 10, 14, 3, 7, 11, 15);
+    __m256i ab = _mm256_packs_epi32(_mm256_cvtps_epi32(a), _mm256_cvtps_epi32(b));
+    __m256i cd = _mm256_packs_epi32(_mm256_cvtps_epi32(c), _mm256_cvtps_epi32(d));
+    return (lanes_int)_mm256_shuffle_epi8(_mm256_packs_epi16(ab, cd), by_token);
 }
 
 /* Lane i in all lanes. */
@@ -124,16 +140,14 @@ ALWAYS_INLINE lanes look_up(const float *table, uint32_t n, const uint16_t *indi
     return look_up_eight(table, rest);
 }
 
-/* Columns of 8 rows that lie row_stride floats apart, 32-byte aligned: out[c] lane r = rows[r][c]. Pairs of rows, then
- * fours within 128-bit halves, then the halves of two registers. */
-ALWAYS_INLINE void transpose_lanes(const float *rows, size_t row_stride, lanes out[LANES])
+/* out[c] lane r = rows[r] lane c. Pairs of rows, then fours within 128-bit halves, then the halves of two registers. */
+ALWAYS_INLINE void transpose_lanes(const lanes rows[LANES], lanes out[LANES])
 {
     lanes pairs[8], fours[8];
 #pragma GCC unroll 4
     for (int i = 0; i < 8; i += 2) {
-        lanes a = _mm256_load_ps(rows + i * row_stride), b = _mm256_load_ps(rows + (i + 1) * row_stride);
-        pairs[i] = _mm256_unpacklo_ps(a, b);
-        pairs[i + 1] = _mm256_unpackhi_ps(a, b);
+        pairs[i] = _mm256_unpacklo_ps(rows[i], rows[i + 1]);
+        pairs[i + 1] = _mm256_unpackhi_ps(rows[i], rows[i + 1]);
     }
 #pragma GCC unroll 2
     for (int i = 0; i < 8; i += 4) /* fours[i + k]: rows i .. i + 3 of columns k and 4 + k */

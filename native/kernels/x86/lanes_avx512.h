@@ -38,6 +38,12 @@ ALWAYS_INLINE lanes lanes_multiply_add(lanes a, lanes b, lanes c)
     return _mm512_fmadd_ps(a, b, c);
 }
 
+/* c - a * b, rounded once. */
+ALWAYS_INLINE lanes lanes_minus_product(lanes c, lanes a, lanes b)
+{
+    return _mm512_fnmadd_ps(a, b, c);
+}
+
 ALWAYS_INLINE lanes lanes_min(lanes a, lanes b)
 {
     return _mm512_min_ps(a, b);
@@ -56,6 +62,15 @@ ALWAYS_INLINE lanes_int lanes_max_int(lanes_int a, lanes_int b)
 ALWAYS_INLINE lanes_int lanes_to_int(lanes x)
 {
     return (lanes_int)_mm512_cvtps_epi32(x);
+}
+
+/* Four channels' mantissas as the bytes of 16 tokens' quads: first [4 channels][4 tokens] bytes in each 128-bit part. */
+ALWAYS_INLINE lanes_int lanes_quad(lanes a, lanes b, lanes c, lanes d)
+{
+    const __m512i by_token = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+    __m512i ab = _mm512_packs_epi32(_mm512_cvtps_epi32(a), _mm512_cvtps_epi32(b));
+    __m512i cd = _mm512_packs_epi32(_mm512_cvtps_epi32(c), _mm512_cvtps_epi32(d));
+    return (lanes_int)_mm512_shuffle_epi8(_mm512_packs_epi16(ab, cd), by_token);
 }
 
 /* Lane i in all lanes. */
@@ -119,17 +134,15 @@ ALWAYS_INLINE lanes look_up(const float *table, uint32_t n, const uint16_t *indi
     return found;
 }
 
-/* Columns of 16 rows that lie row_stride floats apart, 64-byte aligned: out[c] lane r = rows[r][c]. Pairs of rows, then
- * fours within 128-bit parts, then the parts of four registers. */
-ALWAYS_INLINE void transpose_lanes(const float *rows, size_t row_stride, lanes out[LANES])
+/* out[c] lane r = rows[r] lane c. Pairs of rows, then fours within 128-bit parts, then the parts of four registers. */
+ALWAYS_INLINE void transpose_lanes(const lanes rows[LANES], lanes out[LANES])
 {
     __m512d pairs[16];
     lanes fours[16];
 #pragma GCC unroll 8
     for (int i = 0; i < 16; i += 2) {
-        lanes a = _mm512_load_ps(rows + i * row_stride), b = _mm512_load_ps(rows + (i + 1) * row_stride);
-        pairs[i] = _mm512_castps_pd(_mm512_unpacklo_ps(a, b));
-        pairs[i + 1] = _mm512_castps_pd(_mm512_unpackhi_ps(a, b));
+        pairs[i] = _mm512_castps_pd(_mm512_unpacklo_ps(rows[i], rows[i + 1]));
+        pairs[i + 1] = _mm512_castps_pd(_mm512_unpackhi_ps(rows[i], rows[i + 1]));
     }
 #pragma GCC unroll 4
     for (int i = 0; i < 16; i += 4) /* fours[i + k]: rows i .. i + 3 of columns k, 4 + k, 8 + k, 12 + k */

@@ -37,7 +37,7 @@ ALWAYS_INLINE void fill_panel(const struct linear_block *block, const uint32_t t
                 const uint8_t *weights = (const uint8_t *)block->weights + at * value_bytes;
                 rows[o] = load_values_below(weights, type, n, i);
             }
-            transpose_lanes((const float *)rows, LANES, columns);
+            transpose_lanes(rows, columns);
             for (size_t c = 0; c < LANES && i + c < n; c++)
                 memcpy(panel[i + c] + half, &columns[c], sizeof columns[c]);
         }

@@ -54,7 +54,7 @@ ALWAYS_INLINE void fill_panel(const struct linear_block *block, const uint32_t t
                 if (row < block->n_out)
                     rows[r] = load_values_below(weights, type, first + n, first + i);
             }
-            transpose_registers(rows, columns);
+            transpose_lanes(rows, columns);
             for (size_t c = 0; c < 4; c++)
                 vst1q_f32(&panel[i + c][o], columns[c]);
         }
