@@ -19,15 +19,18 @@ StrPath = str | os.PathLike[str]
 def load(
     path: StrPath, *, plan: StrPath | KVPlan | None = None, cache_type_k: str | None = None,
     cache_type_v: str | None = None, block_size: int | None = None, query_type: str | None = None,
-    device: str = "cpu", n_ctx: int = 0, n_threads: int = 0,
+    cache_exact_tail: int | None = None, cache_exact_sinks: int | None = None, device: str = "cpu", n_ctx: int = 0,
+    n_threads: int = 0,
 ) -> "LLM":  # fmt: skip
     """A GGUF file, stock or folded, as a model that runs.
 
     plan: a plan file or a KVPlan made for this file; or the name of a plan, such as "balanced", which is then made from
-    the weights. cache_type_k, cache_type_v: how keys and values are stored, of f32 f16 bf16 bfp16 bfp14 bfp12 (default:
-    what the file declares; else f16, but bfp12 keys where there is a plan). block_size: channels that share an
-    exponent. query_type: what queries are rounded to, bfp16 beside BFP keys. device: "cpu" or "cuda". n_ctx: tokens of
-    a context, 0 for what the model was trained for. n_threads: CPU threads, 0 for all.
+    the weights. cache_type_k, cache_type_v: how keys and values are stored, of f32 f16 bf16 bfp16 bfp14 bfp12
+    sbfp12 sbfp11 (default: what the file declares; else f16, but sbfp12 keys where there is a plan). block_size:
+    channels that share a scale. query_type: what queries are rounded to, bfp16 beside keys in blocks. cache_exact_tail,
+    cache_exact_sinks: how many of the newest and of the first tokens are kept in f16 beside types in blocks (default:
+    128 and 4 beside types of 4 bits or less on the CPU, else 0). device: "cpu" or "cuda". n_ctx: tokens of a context,
+    0 for what the model was trained for. n_threads: CPU threads, 0 for all.
     Raises KsortError (errors.py) naming the file, key or argument.
     """
     from ksort_gguf.engine.llm import LLM
@@ -36,7 +39,9 @@ def load(
     if isinstance(plan, str) and _is_plan_name(plan):
         plan = make_plan(path, plan=plan) if parse_plan(plan)[1] else None
     loaded = load_model(path, plan, n_threads, device)
-    options = loaded.cache_options(cache_type_k, cache_type_v, block_size, query_type)
+    options = loaded.cache_options(
+        cache_type_k, cache_type_v, block_size, query_type, cache_exact_tail, cache_exact_sinks
+    )
     return LLM(loaded, options, loaded.context(n_ctx))
 
 

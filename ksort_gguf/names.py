@@ -4,11 +4,12 @@ The only file that spells our metadata keys. A cache type or a step is one row h
 and bindings go over the rows.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ksort_gguf.errors import CacheTypeError
 
-FORMAT_VERSION = 1  # major version: a reader refuses a larger one
+FORMAT_VERSION = 2  # major version: a reader refuses a larger one
 TILE_TOKENS = 64  # tokens of one head that are stored together, see FORMAT.md
 BLOCK_SIZES = (16, 32, 64, 128)
 MAX_HEAD_DIM = 256
@@ -27,6 +28,11 @@ class CacheType:
     value_bits: int  # bits of a float, or of a BFP mantissa
     is_bfp: bool = False  # in blocks: BFP, or SBFP, whose scale bytes are signed floats
     queries: bool = False  # whether queries may be rounded to it
+
+    @property
+    def is_small(self) -> bool:
+        """Whether its values are packed in 4 bits or less: exact rows lie beside it unless told otherwise."""
+        return self.is_bfp and self.value_bits <= 4
 
     def tile_bytes(self, head_dim: int, block_size: int) -> int:
         """Bytes of one tile: TILE_TOKENS tokens of one head, mantissas then exponents (FORMAT.md, 'Tiles')."""
@@ -57,6 +63,10 @@ CACHE_TYPES = {
 }
 K_TYPES = V_TYPES = tuple(CACHE_TYPES)
 QUERY_TYPES = tuple(t.name for t in CACHE_TYPES.values() if t.queries)
+
+DEFAULT_BLOCK_TYPE = "sbfp12"  # of the types in blocks
+EXACT_TAIL, EXACT_SINKS = 128, 4  # newest and first tokens that are kept in f16 beside small types
+MAX_EXACT_TAIL = 1 << 20
 
 DEFAULT_V_TYPE = "f16"
 DEFAULT_QUERY_TYPE = "bfp16"
@@ -139,13 +149,18 @@ def check_name(field: str, name: str, known: tuple[str, ...]) -> None:
 
 
 def default_k_type(head_dim: int) -> str:
-    """BFP12; f16 for (toy) heads that are smaller than the smallest block."""
-    return "bfp12" if head_dim >= BLOCK_SIZES[0] else "f16"
+    """SBFP12; f16 for (toy) heads that are smaller than the smallest block."""
+    return DEFAULT_BLOCK_TYPE if head_dim >= BLOCK_SIZES[0] else "f16"
 
 
 def default_block_size(head_dim: int) -> int:
     """32, or 16 for heads smaller than that."""
     return 32 if head_dim >= 32 else 16
+
+
+def format_version(steps: Iterable[str]) -> int:
+    """The lowest version whose readers store what a plan of `steps` asks for (FORMAT.md section 4.6)."""
+    return 2 if "feedback" in steps else 1
 
 
 class Keys:

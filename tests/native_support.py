@@ -88,13 +88,13 @@ def nasty_rows(rng: np.random.Generator, n_rows: int, head_dim: int, mantissa_bi
     return np.stack([kinds[kind][row] for row, kind in enumerate(choice)]).astype(np.float32)
 
 
-def new_cache(type_name, head_dim, block_size, n_kv_heads, n_slots, fill=0):
+def new_cache(type_name, head_dim, block_size, n_kv_heads, n_slots, fill=0, exact=None):
     """PackedHeads over aligned memory whose bytes are all `fill`, and it as uint8 [tiles, heads, tile bytes]."""
     one_tile = cpu.tile_bytes(type_name, head_dim, block_size)
     n_tiles = -(-n_slots // reference.TILE_TOKENS)
     memory = ffi.aligned_buffer(n_tiles * n_kv_heads * one_tile)
     memory[:] = fill
-    cache = cpu.PackedHeads(type_name, head_dim, block_size, n_kv_heads, n_slots, memory)
+    cache = cpu.PackedHeads(type_name, head_dim, block_size, n_kv_heads, n_slots, memory, exact=exact)
     return cache, memory.reshape(n_tiles, n_kv_heads, one_tile)
 
 

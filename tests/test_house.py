@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "ksort_gguf"
 ROOMS = (  # from the bottom: a file imports its own row and earlier ones
     ("names", "errors"),
-    ("kvplan", "reference"),
+    ("kvplan", "reference", "reference_blocks", "reference_exact"),
     ("container",),
     ("checkpoint",),
     ("binding",),

@@ -6,6 +6,9 @@
                       plan that is made here: a name or steps as `ksort-gguf plan --plan` takes them, but joined by +,
                       from the weights, or with :text from Python's documentation: bfp12@order+shift+scale:text
 
+Any of them may end in ~tail=N, ~sink=S or both: each query finds the newest N tokens, its own included, and the first S
+tokens in f16, the others as stored. What a row does not say is 0, or what --tail and --sink say.
+
 Our types go through the real packed cache: f32 f16 bf16 bfp16 bfp14 bfp12, the BFP ones in blocks of 32 unless a block
 size follows, as in bfp12-64. All others are simulations (simulated_caches).
 """
@@ -14,13 +17,15 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from model_variants import ModelVariants, parse_made_plan
 from simulated_caches import FLOATS, SCHEMES
 from simulated_caches.attention import SimulatedAttention
-from simulated_caches.scheme import LayerTensors, Scheme, Side
+from simulated_caches.scheme import EXACT_BITS, LayerTensors, Scheme, Side
 
 from ksort_gguf.cache.cpu import ContextCache
+from ksort_gguf.cache.exact import exact_rows
 from ksort_gguf.cache.protocol import CacheOptions
 from ksort_gguf.engine.calibration import calibration_windows, default_text
 from ksort_gguf.engine.tokenizer.tokenizer import Tokenizer
@@ -41,6 +46,13 @@ class Row:
     k: str
     v: str
     plan: str | None
+    tail: int | None = None  # newest tokens, in f16; None: the row does not say
+    sink: int | None = None  # first tokens, likewise
+
+    def with_defaults(self, tail: int, sink: int) -> "Row":
+        """The row, saying what it did not say."""
+        tail, sink = tail if self.tail is None else self.tail, sink if self.sink is None else self.sink
+        return dataclasses.replace(self, tail=tail, sink=sink)
 
     @property
     def is_simulated(self) -> bool:
@@ -56,7 +68,8 @@ def known_names() -> str:
 
 def parse_row(spelling: str, plans: Mapping[str, object]) -> Row:
     """Raises KsortError for unknown names, listing those known, and for what does not go together."""
-    cache, at, plan = spelling.partition("@")
+    stored, *ends = spelling.split("~")
+    cache, at, plan = stored.partition("@")
     if at and plan not in plans:
         try:
             parse_made_plan(plan)
@@ -66,7 +79,7 @@ def parse_row(spelling: str, plans: Mapping[str, object]) -> Row:
                 f"joined by + ({', '.join((*PLANS, *STEPS))})"
             ) from None
     k, slash, v = cache.partition("/")
-    row = Row(spelling, k, v if slash else "f16", plan if at else None)
+    row = Row(spelling, k, v if slash else "f16", plan if at else None, *_parse_ends(spelling, ends))
     for name in (row.k, row.v):
         if name not in SCHEMES and _split_block_size(name)[0] not in CACHE_TYPES:
             raise KsortError(f"--types {spelling}: unknown cache type {name!r} (known: {known_names()})")
@@ -76,6 +89,17 @@ def parse_row(spelling: str, plans: Mapping[str, object]) -> Row:
     elif _split_block_size(row.v)[0] not in V_TYPES:
         raise KsortError(f"--types {spelling}: values cannot be {row.v} (they can be {', '.join(V_TYPES)})")
     return row
+
+
+def _parse_ends(spelling: str, ends: Sequence[str]) -> tuple[int | None, int | None]:
+    """["tail=128", "sink=4"] -> (128, 4)."""
+    counts: dict[str, int] = {}
+    for end in ends:
+        name, _, count = end.partition("=")
+        if name not in ("tail", "sink") or name in counts or not (count.isascii() and count.isdecimal()):
+            raise KsortError(f"--types {spelling}: ~{end} is not ~tail=N or ~sink=N, each once, N a number of tokens")
+        counts[name] = int(count)
+    return counts.get("tail"), counts.get("sink")
 
 
 def _split_block_size(name: str) -> tuple[str, int | None]:
@@ -95,31 +119,47 @@ class Runner:
 
     def check(self, row: Row) -> None:
         """Raise KsortError for a row that this model's heads cannot be stored in."""
-        if row.is_simulated:
-            for name in (row.k, row.v):
-                for head_dim in {attention.head_dim for attention in self._variants.spec.attentions}:
-                    _scheme(name).check(head_dim)
+        if not row.is_simulated:
+            self._options(row)
+            return
+        for name in (row.k, row.v):
+            for head_dim in {attention.head_dim for attention in self._variants.spec.attentions}:
+                _scheme(name).check(head_dim)
 
     def prepare(self, row: Row) -> tuple[Forward, Bits]:
         """The row's logits, and a function for the mean bits of a key and of a value of the text that ran last."""
         return self._simulated(row) if row.is_simulated else self._packed(row)
 
-    def _packed(self, row: Row) -> tuple[Forward, Bits]:
+    def _options(self, row: Row) -> CacheOptions:
+        """The packed cache that a row of our own types asks for."""
         (k_type, k_block), (v_type, v_block) = _split_block_size(row.k), _split_block_size(row.v)
-        attentions = self._variants.spec.attentions
         block_size = k_block or v_block or default_block_size(self._variants.spec.min_head_dim)
         query_type = DEFAULT_QUERY_TYPE if CACHE_TYPES[k_type].is_bfp else "f32"
-        options = CacheOptions(k_type, v_type, block_size, query_type)
+        try:
+            exact = exact_rows(k_type, v_type, row.tail or 0, row.sink or 0)
+        except KsortError as error:
+            raise KsortError(f"--types {row.spelling}: {error}") from None
+        return CacheOptions(k_type, v_type, block_size, query_type, *exact)
+
+    def _packed(self, row: Row) -> tuple[Forward, Bits]:
+        options = self._options(row)
         context = self._variants.model(row.plan).start(options, self._n_ctx)
 
         def mean_bits(name: str) -> float:
-            return _mean([CACHE_TYPES[name].bits_per_value(a.head_dim, block_size) for a in attentions])
+            attentions = self._variants.spec.attentions
+            packed = _mean([CACHE_TYPES[name].bits_per_value(a.head_dim, options.block_size) for a in attentions])
+            if not options.has_exact(name):
+                return packed
+            n_seen = np.arange(self._n_ctx // 2, self._n_ctx) + 1  # by the queries that are scored
+            exact_share = np.minimum(options.exact_tail + options.exact_sinks, n_seen) / n_seen
+            return packed + EXACT_BITS * float(exact_share.mean())  # which are stored twice
 
-        return forward_of(context), lambda: (mean_bits(k_type), mean_bits(v_type))
+        return forward_of(context), lambda: (mean_bits(options.k_type), mean_bits(options.v_type))
 
     def _simulated(self, row: Row) -> tuple[Forward, Bits]:
         keys, values = self._fitted(_scheme(row.k), "k"), self._fitted(_scheme(row.v), "v")
-        attention = SimulatedAttention(self._variants.layers(self._n_ctx), keys, values)
+        layers = self._variants.layers(self._n_ctx)
+        attention = SimulatedAttention(layers, keys, values, tail=row.tail or 0, sink=row.sink or 0)
 
         def bits() -> tuple[float, float]:
             return _mean([k for k, _ in attention.bits]), _mean([v for _, v in attention.bits])
@@ -132,10 +172,12 @@ class Runner:
         return forward_of(self._variants.model().start_with(cache, attention, n_ubatch=self._n_ctx))
 
     def _fitted(self, scheme: Scheme, side: Side) -> list[Scheme]:
-        """The scheme with each layer's constants."""
-        if not scheme.needs_calibration:
-            return [scheme] * self._variants.spec.n_layers
-        return [scheme.fit(_map(sample, torch.Tensor.float), side) for sample in self._calibration()]
+        """What the scheme does in each layer, with the layer's constants."""
+        n_layers = self._variants.spec.n_layers
+        schemes = [scheme] * n_layers
+        if scheme.needs_calibration:
+            schemes = [scheme.fit(_map(sample, torch.Tensor.float), side) for sample in self._calibration()]
+        return [fitted.in_layer(layer, n_layers) for layer, fitted in enumerate(schemes)]
 
     def _calibration(self) -> list[LayerTensors]:
         """What each layer computes on a calibration text, cut into windows of the context; f16: half the memory."""

@@ -30,7 +30,12 @@ PLAN_DEFAULTS = (
 PEER_DEFAULTS = (
     "q8_0", "q5_0", "q5_0+hadamard", "q4_0", "q4_0+hadamard", "mxint8", "mxfp4", "nvfp4", "nvint4", "nvint4+hadamard",
     "kivi-4", "kivi-2", "kvquant-4", "kvquant-3", "gear-4", "qaq", "os+-4",
+    "turboquant-4", "turboquant-3", "turboquant-vllm-4", "turboquant-vllm-3", "saw-int4", "kvarn-4",
+    "ik_q4_0+hadamard", "exl3-4", "oscar-4", "squat-4",
     "q4_0+hadamard/q4_0+hadamard", "kivi-4/kivi-4", "kvquant-4/kvquant-4",
+    "turboquant-4/turboquant-4", "turboquant-3/turboquant-3", "turboquant-vllm-4/turboquant-vllm-4",
+    "turboquant-vllm-3/turboquant-vllm-3", "saw-int4/saw-int4", "kvarn-4/kvarn-4", "kvarn-2/kvarn-2",
+    "ik_q4_0+hadamard/ik_q4_0+hadamard", "exl3-4/exl3-4", "oscar-4/oscar-4", "squat-4/squat-4",
 )  # fmt: skip
 BASE = "f16"
 
@@ -52,6 +57,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--plan-file", nargs="+", default=[], metavar="FILE", help="KV plan files, for rows as bfp12@NAME"
     )
+    parser.add_argument(
+        "--tail", type=int, default=0, metavar="N",
+        help="newest tokens that each query finds in f16, in rows without ~tail=N (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--sink", type=int, default=0, metavar="N",
+        help="first tokens that each query finds in f16, in rows without ~sink=N (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument("-t", "--threads", type=int, default=0, metavar="N", help="CPU threads (default: all)")
     return parser
 
@@ -60,12 +73,15 @@ def run(args: argparse.Namespace) -> None:
     """Measure every row at every context. Raises KsortError as the rooms it uses do."""
     threads = n_threads(args.threads)
     contexts = counts("-c", args.ctx_size, lowest=1)
+    for flag, n_tokens in (("--tail", args.tail), ("--sink", args.sink)):
+        if n_tokens < 0:
+            raise KsortError(f"{flag} {n_tokens} is negative: pass a number of tokens, or leave it out for none")
     spellings = None if args.types is None else [name for name in args.types.split(",") if name]
     for spelling in spellings or []:  # misspellings are reported before the model is read
         parse_row(spelling, {Path(file).stem: file for file in args.plan_file})
     variants = ModelVariants(args.model, args.plan_file, threads)
     rows = [parse_row(s, variants.plans) for s in spellings or _default_spellings(variants.plans)]
-    rows = [row for row in rows if row.spelling != BASE]
+    rows = [row.with_defaults(args.tail, args.sink) for row in rows if row.spelling != BASE]
     tokens = tokenize_file(args.file, variants.tokenizer)
     n_vocab, bos_id = variants.spec.n_vocab, variants.bos_id
     comparisons = {n_ctx: Comparison(tokens, n_ctx, n_vocab, bos_id, args.chunks) for n_ctx in contexts}
@@ -75,8 +91,9 @@ def run(args: argparse.Namespace) -> None:
         kept = [row for row in rows if _fits(runner, row, may_skip=spellings is None)]
         measured = _measure(runner, comparison, n_ctx, kept)
         results.append({"n_ctx": n_ctx, "rows": measured})
-        print(_table(n_ctx, args.chunks, measured), flush=True)
-    summary = {"model": Path(args.model).name, "text": Path(args.file).name, "chunks": args.chunks, "contexts": results}
+        print(_table(n_ctx, args, measured), flush=True)
+    summary = {"model": Path(args.model).name, "text": Path(args.file).name, "chunks": args.chunks}
+    summary |= {"tail": args.tail, "sink": args.sink, "contexts": results}
     print(json.dumps(summary))
 
 
@@ -132,10 +149,11 @@ def _numbers(statistics: KldStatistics) -> dict:
     }
 
 
-def _table(n_ctx: int, chunks: int, rows: list[dict]) -> str:
+def _table(n_ctx: int, args: argparse.Namespace, rows: list[dict]) -> str:
     """Markdown."""
+    ends = f"; newest {args.tail} and first {args.sink} tokens in f16" if args.tail or args.sink else ""
     lines = [
-        f"\nContext {n_ctx}, {chunks} chunks; KLD against f16 keys and values\n",
+        f"\nContext {n_ctx}, {args.chunks} chunks; KLD against f16 keys and values{ends}\n",
         "| K or K/V cache | bits, K | bits, V | PPL | mean KLD | median KLD | 99.9% KLD | same top |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]

@@ -7,7 +7,7 @@ import numpy as np
 from ksort_gguf.binding.ffi import Binding, aligned_buffer, loaded
 from ksort_gguf.binding.structs import Rope, TransformTables, float_heads, format_struct
 from ksort_gguf.kvplan import RopeTables, Transform
-from ksort_gguf.names import CACHE_TYPES
+from ksort_gguf.names import BLOCK_SIZES, CACHE_TYPES
 
 
 def tile_bytes(type_name: str, head_dim: int, block_size: int) -> int:
@@ -16,8 +16,39 @@ def tile_bytes(type_name: str, head_dim: int, block_size: int) -> int:
     return binding.size(binding.lib.ksort_tile_bytes, format_struct(binding, type_name, head_dim, block_size))
 
 
+class ExactRows:
+    """The exact rows beside one layer's packed keys or values: the newest slots and the first ones, in f16 tiles.
+
+    A query reads `n_tail` slots up to its own from them, and the first `n_sinks`. `n_tiles`: of the ring behind the
+    first tile. `buffer`: as PackedHeads takes it, for [1 + n_tiles][KV head] tiles of f16.
+    Raises ValueError for a buffer that is too small.
+    """
+
+    def __init__(self, head_dim: int, n_kv_heads: int, n_tail: int, n_sinks: int, n_tiles: int, buffer: Any = None):
+        binding = loaded()
+        one_tile = tile_bytes("f16", head_dim, BLOCK_SIZES[0])
+        needed = (1 + n_tiles) * n_kv_heads * one_tile
+        self._memory = binding.memory(aligned_buffer(needed) if buffer is None else buffer)
+        if needed > len(self._memory):
+            raise ValueError(f"buffer of {len(self._memory)} bytes is too small: exact rows need {needed}")
+        self.n_slots = n_tiles * binding.lib.KSORT_TILE_TOKENS  # that the ring holds
+        self.struct = binding.new("ksort_exact")
+        self.struct.base, self.struct.head_stride = self._memory, one_tile
+        self.struct.tile_stride = n_kv_heads * one_tile
+        self.struct.n_tiles, self.struct.n_tail, self.struct.n_sinks = n_tiles, n_tail, n_sinks
+
+    @property
+    def begin(self) -> int:
+        """The first slot, sinks aside, whose row the ring holds: ksort.h says how to keep it."""
+        return int(self.struct.begin)
+
+    @begin.setter
+    def begin(self, slot: int) -> None:
+        self.struct.begin = slot
+
+
 class PackedHeads:
-    """One layer's packed keys or values.
+    """One layer's packed keys or values, and the exact rows beside them if it has some (BFP types only).
 
     `buffer` is writable, offers the buffer protocol and is 64-byte aligned; without one, memory is allocated here.
     Tile t of KV head h starts at byte t * tile_stride + h * head_stride; by default a tile's heads follow each other,
@@ -27,7 +58,7 @@ class PackedHeads:
 
     def __init__(
         self, type_name: str, head_dim: int, block_size: int, n_kv_heads: int, n_slots: int, buffer: Any = None,
-        tile_stride: int | None = None, head_stride: int | None = None,
+        tile_stride: int | None = None, head_stride: int | None = None, exact: ExactRows | None = None,
     ):  # fmt: skip
         self._binding = binding = loaded()
         self.type_name, self.head_dim, self.n_kv_heads = type_name, head_dim, n_kv_heads
@@ -47,6 +78,9 @@ class PackedHeads:
         self.struct.base = self._memory
         self.struct.tile_stride, self.struct.head_stride = tile_stride, head_stride
         self.struct.n_slots, self.struct.n_kv_heads = n_slots, n_kv_heads
+        self.exact = exact
+        if exact is not None:
+            self.struct.exact = exact.struct
 
     def pack(
         self, x: Any, first_slot: int, rope: RopeTables | None = None, cos: np.ndarray | None = None,

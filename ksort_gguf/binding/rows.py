@@ -60,7 +60,11 @@ class FloatRows:
 
     def first(self, n: int) -> "FloatRows":
         """The first `n` rows."""
-        return FloatRows(self.array[:n])
+        return self.rows(0, n)
+
+    def rows(self, start: int, stop: int) -> "FloatRows":
+        """Rows start .. stop - 1."""
+        return FloatRows(self.array[start:stop])
 
     @property
     def array(self) -> "Array":

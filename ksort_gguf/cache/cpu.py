@@ -3,9 +3,10 @@
 import mmap
 from collections.abc import Sequence
 
-from ksort_gguf.binding.cpu import PackedHeads
+from ksort_gguf.binding.cpu import ExactRows, PackedHeads
 from ksort_gguf.binding.rows import FloatRows
 from ksort_gguf.binding.run import LayerStep, Pool
+from ksort_gguf.cache.exact import ring_tiles, steps
 from ksort_gguf.cache.protocol import CacheOptions, HeadShape, LayerPlan
 from ksort_gguf.errors import ContextError
 from ksort_gguf.names import CACHE_TYPES, TILE_TOKENS, check_block_size
@@ -40,21 +41,28 @@ class ContextCache:
         self.layers, self.options, self.n_ctx = tuple(layers), options, n_ctx
         self.n_tokens = 0
         self.n_tiles = -(-n_ctx // TILE_TOKENS)
+        self.n_ring_tiles = ring_tiles(options.exact_tail, n_ctx)  # of exact rows
+        self.exact_begin = 0  # the first slot, sinks aside, that the ring holds
 
     def tile_bytes(self, type_name: str, heads: HeadShape) -> int:
         """Bytes of one tile of all of a layer's heads."""
         return heads.n_kv_heads * CACHE_TYPES[type_name].tile_bytes(heads.head_dim, self.options.block_size)
 
     def k_bytes(self) -> int:
-        """Bytes that the stored keys occupy: whole tiles, all layers."""
+        """Bytes that the stored keys occupy, exact rows among them: whole tiles, all layers."""
         return self._used_bytes(self.options.k_type)
 
     def v_bytes(self) -> int:
-        """Bytes that the stored values occupy: whole tiles, all layers."""
+        """Bytes that the stored values occupy, exact rows among them: whole tiles, all layers."""
         return self._used_bytes(self.options.v_type)
 
     def _used_bytes(self, type_name: str) -> int:
-        return -(-self.n_tokens // TILE_TOKENS) * sum(self.tile_bytes(type_name, heads) for heads in self.layers)
+        n_tiles = -(-self.n_tokens // TILE_TOKENS)
+        n_bytes = n_tiles * sum(self.tile_bytes(type_name, heads) for heads in self.layers)
+        if self.options.has_exact(type_name):
+            n_exact = min(n_tiles, self.n_ring_tiles) + min(n_tiles, self.options.exact_sinks, 1)
+            n_bytes += n_exact * sum(self.tile_bytes("f16", heads) for heads in self.layers)
+        return n_bytes
 
     def truncate(self, n_tokens: int) -> None:
         """Forget all tokens from slot `n_tokens` on. Their slots are written anew by the tokens that follow."""
@@ -75,8 +83,15 @@ class CpuCache(ContextCache):
         self.v = [self._layer(options.v_type, heads) for heads in layers]
 
     def _layer(self, type_name: str, heads: HeadShape) -> PackedHeads:
+        o, exact = self.options, None
+        if o.has_exact(type_name):
+            buffer = _reserve((1 + self.n_ring_tiles) * self.tile_bytes("f16", heads))
+            sizes = o.exact_tail, o.exact_sinks, self.n_ring_tiles
+            exact = ExactRows(heads.head_dim, heads.n_kv_heads, *sizes, buffer)
         buffer = _reserve(self.n_tiles * self.tile_bytes(type_name, heads))
-        return PackedHeads(type_name, heads.head_dim, self.options.block_size, heads.n_kv_heads, self.n_ctx, buffer)
+        return PackedHeads(
+            type_name, heads.head_dim, o.block_size, heads.n_kv_heads, self.n_ctx, buffer, exact=exact
+        )  # fmt: skip
 
 
 class CpuAttention:
@@ -99,6 +114,9 @@ class CpuAttention:
             )
             for layer, plan in enumerate(layers)
         ]
+        self._cache = cache
+        self._exact = [[heads.exact for heads in sides if heads.exact] for sides in zip(cache.k, cache.v, strict=True)]
+        self._has_exact = any(self._exact)
         self._rope_tables = list(dict.fromkeys(plan.rope_table for plan in layers))
         self._table_of = [self._rope_tables.index(plan.rope_table) for plan in layers]
 
@@ -108,12 +126,29 @@ class CpuAttention:
 
     def begin(self, n_tokens: int, n_slots: int) -> None:
         """See Attention."""
-        self._first_slot = n_slots - n_tokens
-        self._rows = [table.rows(self._first_slot, n_tokens) for table in self._rope_tables]
+        self._first_slot = first = n_slots - n_tokens
+        self._rows = [table.rows(first, n_tokens) for table in self._rope_tables]
+        self._parts: list[tuple[int, int, int]] = []  # in which the step is done, as cache.exact.steps has them
+        if self._has_exact:
+            self._parts = steps(first, n_tokens, self._cache.exact_begin, self._cache.n_ring_tiles)
+            self._cache.exact_begin = self._parts[-1][2]
+            for layer in range(len(self.steps)):
+                self._set_begin(layer, self._parts[0][2])
 
     def run(self, layer: int, qkv: FloatRows, out: FloatRows) -> None:
         """See Attention. Raises KsortError for NaN, infinity, and values beyond the cache type's range."""
-        self.steps[layer].run(qkv, *self.place(layer), out)
+        if len(self._parts) < 2:
+            self.steps[layer].run(qkv, *self.place(layer), out)
+            return
+        first, cos, sin = self.place(layer)
+        for start, stop, begin in self._parts:
+            self._set_begin(layer, begin)
+            x, its_cos, its_sin, its_out = (rows.rows(start, stop) for rows in (qkv, cos, sin, out))
+            self.steps[layer].run(x, first + start, its_cos, its_sin, its_out)
+
+    def _set_begin(self, layer: int, begin: int) -> None:
+        for exact in self._exact[layer]:
+            exact.begin = begin
 
     def place(self, layer: int) -> tuple[int, FloatRows, FloatRows]:
         """Where the step's tokens stand: the first one's slot, and their cos and sin in the layer's rope table."""

@@ -45,6 +45,12 @@ class CudaCache(ContextCache):
 def check_options(options: CacheOptions, head_dim: int) -> None:
     """Raise CacheTypeError, naming the argument, unless these types run on the GPU for heads of `head_dim` channels."""
     k_type, v_type, query_type = options.k_type, options.v_type, options.query_type
+    for field in ("exact_tail", "exact_sinks"):
+        if n := getattr(options, field):
+            raise CacheTypeError(
+                f"`cache_{field}` {n}: exact rows are not kept on the GPU: leave it out, or run on the CPU",
+                field=f"cache_{field}",
+            )
     if not CACHE_TYPES[k_type].is_bfp:
         if v_type not in FLOAT_TYPES:
             raise CacheTypeError(

@@ -4,9 +4,12 @@ import threading
 
 import numpy as np
 
-from ksort_gguf.binding.cpu import PackedHeads, attend
+from ksort_gguf.binding.cpu import attend
 from ksort_gguf.binding.structs import float_heads
+from ksort_gguf.cache.cpu import CpuCache
+from ksort_gguf.cache.exact import STEP_TOKENS, begin_after, exact_rows
 from ksort_gguf.cache.exclusive import exclusive
+from ksort_gguf.cache.protocol import CacheOptions, HeadShape
 from ksort_gguf.errors import CacheTypeError, ContextError, KsortError, PlanError
 from ksort_gguf.kvplan import KVPlan, Transform
 from ksort_gguf.names import (
@@ -16,9 +19,7 @@ from ksort_gguf.names import (
     MAX_HEAD_DIM,
     QUERY_TYPES,
     STEPS,
-    TILE_TOKENS,
     V_TYPES,
-    check_block_size,
     check_name,
     default_block_size,
 )
@@ -32,13 +33,17 @@ class PackedCache:
     """
 
     def __init__(
-        self, *, n_kv_heads: int, head_dim: int, n_ctx: int, cache_type_k: str = "bfp12", cache_type_v: str = "bfp12",
+        self, *, n_kv_heads: int, head_dim: int, n_ctx: int, cache_type_k: str = "sbfp12", cache_type_v: str = "sbfp12",
         block_size: int | None = None, query_type: str | None = None, plan: KVPlan | None = None, layer: int = 0,
+        exact_tail: int | None = None, exact_sinks: int | None = None,
     ):  # fmt: skip
         """n_ctx: tokens that it may hold. block_size: channels that share an exponent (default 32).
 
         query_type: what queries are rounded to, "bfp16" beside BFP keys unless "f32" is asked for. plan: that of the
-        model, with channels in the plan's row order, and `layer` the layer in it; it acts on BFP types.
+        model, with channels in the plan's row order, and `layer` the layer in it; it acts on BFP types. exact_tail,
+        exact_sinks: how many of the newest and of the first tokens a query reads in f16, which are kept beside BFP
+        types (default: 128 and 4 beside types of 4 bits or less; 0 for none). A query finds all of its tail where it
+        is asked before 64 tokens follow it: long texts are appended and attended in steps of up to 64 tokens.
         Raises CacheTypeError, PlanError and ContextError naming the argument that does not fit.
         """
         check_name("cache_type_k", cache_type_k, K_TYPES)
@@ -50,17 +55,15 @@ class PackedCache:
             raise KsortError(f"`n_kv_heads` {n_kv_heads} is not positive", field="n_kv_heads")
         if head_dim % 2 or not 2 <= head_dim <= MAX_HEAD_DIM:
             raise CacheTypeError(f"`head_dim` {head_dim} is not an even number up to {MAX_HEAD_DIM}", field="head_dim")
-        if n_ctx < 1:
-            raise ContextError(f"`n_ctx` {n_ctx} is not positive: pass a number of tokens", field="n_ctx")
         block_size = default_block_size(head_dim) if block_size is None else block_size
-        if has_bfp_keys or CACHE_TYPES[cache_type_v].is_bfp or self._query_type == "bfp16":
-            check_block_size(block_size, head_dim)
-        self.n_kv_heads, self.head_dim, self.n_ctx, self.n_tokens = n_kv_heads, head_dim, n_ctx, 0
+        exact = exact_rows(cache_type_k, cache_type_v, exact_tail, exact_sinks, ("exact_tail", "exact_sinks"))
+        options = CacheOptions(cache_type_k, cache_type_v, block_size, self._query_type, *exact)
+        heads = HeadShape(n_kv_heads, n_kv_heads, head_dim, head_dim**-0.5, 0)
+        self._cache = CpuCache([heads], options, n_ctx)
+        self._k, self._v = self._cache.k[0], self._cache.v[0]
+        self._exact = [rows for rows in (self._k.exact, self._v.exact) if rows is not None]
+        self.n_kv_heads, self.head_dim, self.n_ctx = n_kv_heads, head_dim, n_ctx
         self._order, self._k_transform, self._v_transform = self._plan_of(plan, layer, has_bfp_keys, cache_type_v)
-        self._k = PackedHeads(cache_type_k, head_dim, block_size, n_kv_heads, n_ctx)
-        self._v = PackedHeads(cache_type_v, head_dim, block_size, n_kv_heads, n_ctx)
-        types = CACHE_TYPES[cache_type_k], CACHE_TYPES[cache_type_v]
-        self._tile_bytes = n_kv_heads * sum(t.tile_bytes(head_dim, block_size) for t in types)
         self._lock = threading.Lock()
 
     def append(self, k: np.ndarray, v: np.ndarray) -> None:
@@ -81,9 +84,11 @@ class PackedCache:
             if len(k) == 0:
                 return
             k = k if self._order is None else reorder(k, self._order)
+            for rows in self._exact:
+                rows.begin = begin_after(rows.begin, self.n_tokens, len(k), self._cache.n_ring_tiles)
             self._k.pack(k, self.n_tokens, transform=self._k_transform)
             self._v.pack(v, self.n_tokens, transform=self._v_transform)
-            self.n_tokens += len(k)
+            self._cache.n_tokens += len(k)
 
     def attend(self, q: np.ndarray, *, scale: float | None = None, window: int = 0) -> np.ndarray:
         """Causal attention of the tokens appended last: float32 [n, n_heads, head_dim] from q likewise, after RoPE.
@@ -100,22 +105,30 @@ class PackedCache:
                 raise ValueError(f"{len(q)} queries for {self.n_tokens} tokens: append keys and values first")
             if self._order is not None:
                 q = reorder(q, np.repeat(self._order, q.shape[1] // self.n_kv_heads, axis=0))
-            return attend(
-                self._k, self._v, q, self.n_tokens - len(q), scale=self.head_dim**-0.5 if scale is None else scale,
-                window=window, query_type=self._query_type, k_transform=self._k_transform,
-                v_transform=self._v_transform,
-            )  # fmt: skip
+            step, first = STEP_TOKENS if self._exact else len(q), self.n_tokens - len(q)
+            outs = [
+                attend(
+                    self._k, self._v, q[at : at + step], first + at, window=window, query_type=self._query_type,
+                    scale=self.head_dim**-0.5 if scale is None else scale, k_transform=self._k_transform,
+                    v_transform=self._v_transform,
+                )
+                for at in range(0, len(q), step)
+            ]  # fmt: skip
+            return outs[0] if len(outs) == 1 else np.concatenate(outs)
 
     def truncate(self, n_tokens: int) -> None:
         """Forget all tokens after the first `n_tokens`."""
-        if not 0 <= n_tokens <= self.n_tokens:
-            raise ValueError(f"cannot keep {n_tokens} of {self.n_tokens} tokens")
-        self.n_tokens = n_tokens
+        self._cache.truncate(n_tokens)
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens that it holds."""
+        return self._cache.n_tokens
 
     @property
     def n_bytes(self) -> int:
-        """Bytes that the tokens' keys and values take, whole tiles of 64 tokens."""
-        return -(-self.n_tokens // TILE_TOKENS) * self._tile_bytes
+        """Bytes that the tokens' keys and values take, exact rows among them, whole tiles of 64 tokens."""
+        return self._cache.k_bytes() + self._cache.v_bytes()
 
     def _plan_of(
         self, plan: KVPlan | None, layer: int, has_bfp_keys: bool, cache_type_v: str

@@ -15,12 +15,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CacheOptions:
-    """How keys, values and queries are stored. `query_type` "f32" keeps queries as they are."""
+    """How keys, values and queries are stored. `query_type` "f32" keeps queries as they are.
+
+    Beside BFP types the newest `exact_tail` tokens that a query sees and the first `exact_sinks` are kept in f16, too;
+    beside those of more than 4 bits only `exact_everywhere`.
+    """
 
     k_type: str
     v_type: str
     block_size: int  # of keys and values where they are BFP, and of BFP16 queries
     query_type: str
+    exact_tail: int = 0
+    exact_sinks: int = 0
+    exact_everywhere: bool = True
+
+    def has_exact(self, type_name: str) -> bool:
+        """Whether keys or values of this type have exact rows."""
+        cache_type = CACHE_TYPES[type_name]
+        is_theirs = cache_type.is_small or (cache_type.is_bfp and self.exact_everywhere)
+        return is_theirs and (self.exact_tail > 0 or self.exact_sinks > 0)
 
     @property
     def has_blocks(self) -> bool:
@@ -136,6 +149,7 @@ class Backend(Protocol):
 
     n_vocab: int
     n_threads: int
+    has_exact_rows: bool  # whether its caches can keep them
 
     def start(self, options: CacheOptions, n_ctx: int) -> Context:
         """A new, empty context of at most `n_ctx` tokens. Raises KsortError for options that do not fit."""

@@ -5,7 +5,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from ksort_gguf.errors import KsortError
-from ksort_gguf.names import BLOCK_SIZES, K_TYPES, QUERY_TYPES, V_TYPES
+from ksort_gguf.names import BLOCK_SIZES, EXACT_SINKS, EXACT_TAIL, K_TYPES, QUERY_TYPES, V_TYPES
 
 if TYPE_CHECKING:
     from ksort_gguf.cache.protocol import CacheOptions
@@ -48,7 +48,25 @@ def add_model_arguments(parser: argparse.ArgumentParser, default_ctx: int) -> No
         choices=QUERY_TYPES,
         help="what queries are rounded to (default: bfp16 beside BFP keys, f32 beside float keys)",
     )
+    add_exact_arguments(parser)
     add_device_arguments(parser)
+
+
+def add_exact_arguments(parser: argparse.ArgumentParser) -> None:
+    """Tokens that are kept exactly beside packed caches."""
+    beside = "beside a cache type of 4 bits or less, 0 beside others and on a GPU"
+    parser.add_argument(
+        "--cache-exact-tail",
+        type=int,
+        metavar="N",
+        help=f"the newest N tokens are kept in f16, too, 0 for none (default: {EXACT_TAIL} {beside})",
+    )
+    parser.add_argument(
+        "--cache-exact-sinks",
+        type=int,
+        metavar="S",
+        help=f"the first S tokens are kept in f16, too, 0 for none (default: {EXACT_SINKS} {beside})",
+    )
 
 
 def add_device_arguments(parser: argparse.ArgumentParser) -> None:
@@ -132,7 +150,14 @@ def _device(args: argparse.Namespace) -> str:
 
 def cache_options(args: argparse.Namespace, loaded: "LoadedModel") -> "CacheOptions":
     """The cache options that the file declares and `args` override."""
-    return loaded.cache_options(args.cache_type_k, args.cache_type_v, args.block_size, args.query_type)
+    return loaded.cache_options(
+        args.cache_type_k,
+        args.cache_type_v,
+        args.block_size,
+        args.query_type,
+        args.cache_exact_tail,
+        args.cache_exact_sinks,
+    )
 
 
 def make_sampler(args: argparse.Namespace) -> "Sampler":

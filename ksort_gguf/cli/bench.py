@@ -9,7 +9,7 @@ from collections.abc import Callable
 from itertools import product
 from typing import TYPE_CHECKING
 
-from ksort_gguf.cli.arguments import add_device_arguments, load
+from ksort_gguf.cli.arguments import add_device_arguments, add_exact_arguments, load
 from ksort_gguf.errors import KsortError
 from ksort_gguf.names import BLOCK_SIZES, K_TYPES, V_TYPES
 
@@ -38,6 +38,7 @@ def configure_parser(subparsers: "Subparsers") -> None:
     parser.add_argument("-ctv", "--cache-type-v", metavar="TYPE,..", help=f"of {', '.join(V_TYPES)}")
     parser.add_argument("--block-size", type=int, choices=BLOCK_SIZES, help="channels that share an exponent")
     parser.add_argument("-t", "--threads", type=int, default=0, metavar="N", help="CPU threads (default: all)")
+    add_exact_arguments(parser)
     add_device_arguments(parser)
     parser.add_argument("-r", "--repetitions", type=int, default=5, metavar="N", help="default: %(default)s")
     parser.add_argument("-o", "--output", choices=_FORMATS, default="md", help="default: %(default)s")
@@ -60,7 +61,9 @@ def run(args: argparse.Namespace) -> None:
     writers: dict[str, Callable[[dict[str, object]], None]] = {"md": _MarkdownTable(), "jsonl": _json_line}
     write = writers.get(args.output, rows.append)
     for k_type, v_type in product(k_types, v_types):
-        options = loaded.cache_options(k_type, v_type, args.block_size)
+        options = loaded.cache_options(
+            k_type, v_type, args.block_size, exact_tail=args.cache_exact_tail, exact_sinks=args.cache_exact_sinks
+        )
         for result in measure(loaded.backend, options, n_prompts, n_gens, depths, args.repetitions):
             write(_row(args, loaded, options, result))
     if args.output == "json":
@@ -98,6 +101,8 @@ def _row(
         "n_threads": loaded.backend.n_threads,
         "type_k": options.k_type,
         "type_v": options.v_type,
+        "exact_tail": options.exact_tail,
+        "exact_sinks": options.exact_sinks,
         "n_prompt": result.n_prompt,
         "n_gen": result.n_gen,
         "n_depth": result.n_depth,

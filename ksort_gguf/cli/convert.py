@@ -40,7 +40,7 @@ def configure_parser(subparsers: "Subparsers") -> None:
         help="weight type; auto: the checkpoint's 16-bit type, or a GGUF's types as they are (default: %(default)s)",
     )
     add_plan_arguments(parser)
-    parser.add_argument("--cache-type-k", choices=K_TYPES, help="declared K-cache type (default: bfp12)")
+    parser.add_argument("--cache-type-k", choices=K_TYPES, help="declared K-cache type (default: sbfp12)")
     parser.add_argument(
         "--query-type",
         choices=QUERY_TYPES,

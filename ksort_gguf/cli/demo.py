@@ -75,7 +75,8 @@ def _measure(caches: list[tuple[str, "LoadedModel", str, str]]) -> None:
     bos_id = tokenizer.bos_id if tokenizer.add_bos else None
     with Comparison(tokens, _N_CTX, n_vocab, bos_id, _N_CHUNKS) as comparison:
         for row, (label, loaded, k_type, v_type) in enumerate(caches):
-            context = loaded.backend.start(loaded.cache_options(k_type, v_type), _N_CTX)
+            options = loaded.cache_options(k_type, v_type, exact_tail=0, exact_sinks=0)  # the types alone
+            context = loaded.backend.start(options, _N_CTX)
             forward = forward_of(context)
             if row == 0:
                 ppl, kld = comparison.base(forward).ppl, "-"

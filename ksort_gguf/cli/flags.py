@@ -6,6 +6,8 @@ _FLAGS = {
     "calibrate": "--calibrate",
     "calibrate_tokens": "--calibrate-tokens",
     "block_size": "--block-size",
+    "cache_exact_sinks": "--cache-exact-sinks",
+    "cache_exact_tail": "--cache-exact-tail",
     "cache_type_k": "--cache-type-k",
     "cache_type_v": "--cache-type-v",
     "chat_template": "--chat-template",

@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ksort_gguf.names import (
+    BLOCK_SIZES,
     CACHE_TYPES,
     DEFAULT_QUERY_TYPE,
+    EXACT_SINKS,
+    EXACT_TAIL,
     TILE_TOKENS,
     default_block_size,
 )
@@ -69,6 +72,7 @@ def _model_report(path: Path, source: "Source") -> dict:
         "cache": declared if k_type else None,
         "block_size": block_size,
         "cache_bytes_per_token": _cache_bytes(spec, block_size),
+        "exact_rows": _exact_rows(spec),
         "layers": [vars(layer) for layer in layer_statistics(source, plan, block_size)],
     }
 
@@ -127,6 +131,17 @@ def _cache_bytes(spec: "ModelSpec", block_size: int) -> dict:
     return report
 
 
+def _exact_rows(spec: "ModelSpec") -> dict:
+    """What lies beside keys, and beside values, of a small type unless told otherwise: bytes a context, all layers."""
+    from ksort_gguf.cache.exact import ring_tiles
+
+    n_tiles = 1 + ring_tiles(EXACT_TAIL, spec.context_length)
+    f16 = CACHE_TYPES["f16"]
+    n_bytes = n_tiles * sum(a.n_kv_heads * f16.tile_bytes(a.head_dim, BLOCK_SIZES[0]) for a in spec.attentions)
+    types = [name for name, cache_type in CACHE_TYPES.items() if cache_type.is_small]
+    return {"types": types, "tail": EXACT_TAIL, "sinks": EXACT_SINKS, "k_bytes": n_bytes, "v_bytes": n_bytes}
+
+
 def _text(report: dict) -> str:
     lines = [f"{report['file']}: {report['kind']}, architecture {report['architecture']}"]
     if report.get("name"):
@@ -164,6 +179,11 @@ def _model_text(report: dict) -> list[str]:
     lines += ["", f"cache bytes a token, all layers, blocks of {report['block_size']}:", "type           keys   values"]
     for name, entry in report["cache_bytes_per_token"].items():
         lines.append(f"{name:<10} {entry['k']:>8.0f} {entry['v']:>8.0f}")
+    exact = report["exact_rows"]
+    lines += [
+        f"and beside {', '.join(exact['types'])} {exact['k_bytes']} bytes a context, of keys and of values each: the "
+        f"newest {exact['tail']} and the first {exact['sinks']} tokens in f16"
+    ]
     sorted_heading = "crest sorted" if report["plan"] and report["plan"]["rank"] else "crest if sorted"
     lines += ["", f"layer   spread   crest stock   {sorted_heading}"]
     for layer, entry in enumerate(report["layers"]):

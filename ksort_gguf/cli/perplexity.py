@@ -104,5 +104,6 @@ def _compare(args: argparse.Namespace, loaded: "LoadedModel", bos_id: int | None
 def _announce(cache: "Cache", n_chunks: int) -> None:
     o = cache.options
     blocks = f", blocks of {o.block_size}" if o.has_blocks else ""
-    types = f"K {o.k_type}, V {o.v_type}{blocks}, queries {o.query_type}"
+    exact = f", {o.exact_tail} newest and {o.exact_sinks} first tokens exact" if o.exact_tail or o.exact_sinks else ""
+    types = f"K {o.k_type}, V {o.v_type}{blocks}, queries {o.query_type}{exact}"
     print(f"{n_chunks} chunks of {cache.n_ctx} tokens, {types}", file=sys.stderr)

@@ -4,6 +4,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from ksort_gguf.cache.exact import exact_rows
 from ksort_gguf.cache.protocol import Backend, CacheOptions
 from ksort_gguf.engine.tokenizer.tokenizer import Tokenizer
 from ksort_gguf.errors import ContextError, DeviceError, KsortError
@@ -45,10 +46,13 @@ class LoadedModel:
         v_type: str | None = None,
         block_size: int | None = None,
         query_type: str | None = None,
+        exact_tail: int | None = None,
+        exact_sinks: int | None = None,
     ) -> CacheOptions:
-        """The declared options with the given ones in their place. Raises CacheTypeError for unknown names.
+        """The declared options with the given ones in their place. Raises CacheTypeError for what does not fit.
 
-        Float keys without a word about queries keep their queries in float, so that they serve as the exact baseline.
+        exact_tail, exact_sinks: None for cache.exact's defaults, or for 0 where the device has no exact rows. Float
+        keys without a word about queries keep their queries in float, so that they serve as the exact baseline.
         """
         k_type, v_type = k_type or self.declared.k_type, v_type or self.declared.v_type
         check_name("cache_type_k", k_type, K_TYPES)
@@ -56,7 +60,10 @@ class LoadedModel:
         if query_type is None:
             query_type = self.declared.query_type if CACHE_TYPES[k_type].is_bfp else "f32"
         check_name("query_type", query_type, QUERY_TYPES)
-        return CacheOptions(k_type, v_type, block_size or self.declared.block_size, query_type)
+        if not self.backend.has_exact_rows:
+            exact_tail, exact_sinks = exact_tail or 0, exact_sinks or 0
+        exact = exact_rows(k_type, v_type, exact_tail, exact_sinks)
+        return CacheOptions(k_type, v_type, block_size or self.declared.block_size, query_type, *exact)
 
     def context(self, n_ctx: int) -> int:
         """`n_ctx`, or the context that the model was trained for where that is 0. Raises ContextError below 0."""

@@ -103,6 +103,8 @@ class NativeModel:
     Contexts of one model may be used from several threads: their steps take turns.
     """
 
+    has_exact_rows = True
+
     def __init__(
         self, spec: ModelSpec, weights: ModelWeights, plan: KVPlan | None, rope_factors: RopeFactors, n_threads: int
     ):

@@ -136,6 +136,8 @@ class TorchModel:
     beyond f16.
     """
 
+    has_exact_rows = False
+
     def __init__(
         self, spec: ModelSpec, weights: ModelWeights, plan: KVPlan | None, rope_factors: RopeFactors,
         n_threads: int = 1, device: str = "cuda", use_graph: bool = True, arithmetic: Arithmetic | None = None,

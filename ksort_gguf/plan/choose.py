@@ -1,8 +1,8 @@
 """Whether a plan helps, layer by layer: rounding errors, tried on sample keys and values before anything is written.
 
 The error of a rounded key e moves a query's score by q.e; its mean square over queries is e^T E[q q^T] e. That of a
-rounded value moves the layer's output by Wo e. So an error costs e^T metric e, and the mean of it over samples, rounded
-to BFP12 in the slow NumPy of reference.py, is the expected error.
+rounded value moves the layer's output by Wo e. So an error costs e^T metric e, and the mean of it over samples,
+packed as a cache packs them, is the expected error.
 """
 
 from collections.abc import Callable
@@ -10,17 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ksort_gguf.binding.cpu import PackedHeads
 from ksort_gguf.kvplan import Transform
-from ksort_gguf.reference import (
-    decode_blocks,
-    encode_blocks,
-    encode_transformed,
-    reorder,
-    restore_values,
-    transform_keys,
-)
+from ksort_gguf.reference import reorder, restore_values
 
-MANTISSA_BITS = 4  # BFP12
 NO_GAIN = 0.99  # a plan whose expected error is more of that without a plan does not help
 # A head stays unsorted where its expected error is more of that without: from text, or from the weights alone, which
 # say less well how far channels stand out.
@@ -30,10 +23,11 @@ HARM = {"text": 1.0, "weights": 1.1}
 @dataclass(frozen=True, eq=False)
 class Trial:
     """Samples of a layer's keys or values, float32 [n, n_kv_heads, d] in stock row order, and the metric of their
-    errors, [n_kv_heads, d, d]."""
+    errors, [n_kv_heads, d, d]. type_name: the cache type that they are packed in."""
 
     samples: np.ndarray
     metric: np.ndarray
+    type_name: str
     block_size: int
 
     def errors(self, order: np.ndarray | None, transform: Transform | None) -> np.ndarray:
@@ -42,13 +36,12 @@ class Trial:
         order: int [n_kv_heads, d] or None; transform: in folded order, or None for the nearest encoder alone.
         """
         folded = self.samples if order is None else reorder(self.samples, order)
-        if transform is None:
-            encoded = encode_blocks(folded, MANTISSA_BITS, self.block_size)
-            restored = decode_blocks(*encoded, MANTISSA_BITS, self.block_size)
-        else:
-            y = transform_keys(folded, transform)
-            encoded = encode_transformed(y, MANTISSA_BITS, self.block_size, transform.feedback)
-            restored = restore_values(decode_blocks(*encoded, MANTISSA_BITS, self.block_size), transform)
+        n_samples, n_kv_heads, head_dim = folded.shape
+        packed = PackedHeads(self.type_name, head_dim, self.block_size, n_kv_heads, n_samples)
+        packed.pack(folded, 0, transform=transform)
+        restored = packed.unpack(0, n_samples)
+        if transform is not None:
+            restored = restore_values(restored, transform)
         if order is not None:
             restored = reorder(restored, np.argsort(order, axis=1))
         error = (restored - self.samples).astype(np.float64).swapaxes(0, 1)  # [n_kv_heads, n, d]

@@ -17,7 +17,6 @@ from ksort_gguf.models.source import Source
 from ksort_gguf.names import (
     CACHE_TYPES,
     DEFAULT_QUERY_TYPE,
-    FORMAT_VERSION,
     K_TYPES,
     QUERY_TYPES,
     Keys,
@@ -25,6 +24,7 @@ from ksort_gguf.names import (
     check_name,
     default_block_size,
     default_k_type,
+    format_version,
 )
 from ksort_gguf.plan.file import plan_tensors, plan_values, tensor_infos
 from ksort_gguf.plan.fold import folded_tensors
@@ -155,7 +155,7 @@ def output_values(source: Source, plan: KVPlan | None, declared: dict[str, Value
     base = source.family.name
     values = {key: value for key, value in source.values.items() if not key.startswith(Keys.PREFIX)}
     if plan is None:
-        return {**values, Keys.FORMAT_VERSION: uint32(FORMAT_VERSION), **declared}
+        return {**values, Keys.FORMAT_VERSION: uint32(format_version(())), **declared}
     folded = Keys.FOLDED_PREFIX + base
     values = {
         folded + key.removeprefix(base) if key.startswith(f"{base}.") else key: value for key, value in values.items()

@@ -15,7 +15,7 @@ from ksort_gguf.errors import PlanError
 from ksort_gguf.kvplan import KVPlan, Transforms
 from ksort_gguf.models.rope import ROW_ORDERS
 from ksort_gguf.models.source import Source
-from ksort_gguf.names import FORMAT_VERSION, RANKS, STEPS, TRANSFORM_TABLES, Keys, Table
+from ksort_gguf.names import RANKS, STEPS, TRANSFORM_TABLES, Keys, Table, format_version
 from ksort_gguf.plan.rank import weights_hash
 
 _GGML = {"int32": gguf.GGMLQuantizationType.I32, "float32": gguf.GGMLQuantizationType.F32}
@@ -27,7 +27,7 @@ _AGAIN = "make the file again"
 def plan_values(plan: KVPlan) -> dict[str, Value]:
     """The metadata of a plan, for a plan file or a folded file."""
     values = {
-        Keys.FORMAT_VERSION: uint32(FORMAT_VERSION),
+        Keys.FORMAT_VERSION: uint32(format_version(plan.steps)),
         Keys.BASE_ARCHITECTURE: string(plan.base_architecture),
         Keys.PLAN_NAME: string(plan.name),
         Keys.PLAN_STEPS: strings(plan.steps),

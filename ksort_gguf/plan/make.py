@@ -10,7 +10,15 @@ from ksort_gguf.errors import KsortError, PlanError
 from ksort_gguf.kvplan import KVPlan, Transform, Transforms, has_run_time_steps, parse_plan
 from ksort_gguf.models.source import Source
 from ksort_gguf.models.spec import Attention
-from ksort_gguf.names import DEFAULT_RANK, RANKS, RUN_TIME_STEPS, VALUE_STEPS, check_block_size, default_block_size
+from ksort_gguf.names import (
+    DEFAULT_BLOCK_TYPE,
+    DEFAULT_RANK,
+    RANKS,
+    RUN_TIME_STEPS,
+    VALUE_STEPS,
+    check_block_size,
+    default_block_size,
+)
 from ksort_gguf.plan.balance import key_transform, value_metric, value_transform
 from ksort_gguf.plan.choose import HARM, NO_GAIN, Trial, best_transform, checked_order
 from ksort_gguf.plan.moments import MAX_POSITIONS, LayerMoments
@@ -145,6 +153,7 @@ class _Maker:
     ):
         self._source, self._steps, self._rank, self._calibration = source, steps, rank, calibration
         self.block_size = block_size
+        self._checked_type = "bfp12" if "order" in steps else DEFAULT_BLOCK_TYPE  # sorting is for shared exponents
         self.orders: list[np.ndarray] = []
         self.keys, self.values = _Tables(), _Tables()
         self._notes: list[str] = []
@@ -195,7 +204,7 @@ class _Maker:
                 f"{self._source.path}: layer {layer}: queries, keys or values are too large for float32: "
                 "the weights are damaged, get the model again"
             )
-        trial = Trial(moments.keys, moments.q_second, self.block_size)
+        trial = Trial(moments.keys, moments.q_second, self._checked_type, self.block_size)
         order = self._order(layer, moments, trial) if "order" in self._steps else None
         transform = None
         if has_run_time_steps(self._steps):
@@ -217,7 +226,7 @@ class _Maker:
 
     def _add_values(self, layer: int, moments: LayerMoments, steps: tuple[str, ...]) -> None:
         metric = value_metric(*_output_weight(self._source, self._source.spec.attentions[layer]))
-        trial = Trial(moments.values, metric, self.block_size)
+        trial = Trial(moments.values, metric, self._checked_type, self.block_size)
         transform, left_out = best_transform(trial, None, steps, lambda steps: value_transform(moments, metric, steps))
         self._note_left_out(layer, "values", left_out)
         self.values.add(layer, transform)

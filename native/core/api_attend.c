@@ -3,6 +3,24 @@
 #include "check.h"
 #include "transform.h"
 
+/* Whether the ring holds the tail of every query. */
+static bool tails_fit(const ksort_exact *exact, const ksort_attend_args *args)
+{
+    size_t end = args->first_slot + args->n_queries, rows = (size_t)exact->n_tiles * KSORT_TILE_TOKENS;
+    return exact->n_tail == 0 || min_size((size_t)exact->n_tail + args->n_queries - 1, end) <= rows;
+}
+
+static ksort_status check_exact(struct attend_job *job)
+{
+    const ksort_exact *k = job->k_cache.exact, *v = job->v_cache.exact;
+    job->exact = k ? k : v;
+    job->exact_layout = ksort_exact_layout(job->k.head_dim);
+    if (k && v && (k->n_tail != v->n_tail || k->n_sinks != v->n_sinks || k->begin != v->begin))
+        return KSORT_ERR_ARGUMENT; /* a tile has one cut */
+    bool fit = (!k || tails_fit(k, &job->args)) && (!v || tails_fit(v, &job->args));
+    return fit ? KSORT_OK : KSORT_ERR_ARGUMENT;
+}
+
 static ksort_status read_caches(struct attend_job *job, bool with_memory)
 {
     ksort_attend_args *args = &job->args;
@@ -13,6 +31,11 @@ static ksort_status read_caches(struct attend_job *job, bool with_memory)
         return status;
     args->k = &job->k_cache;
     args->v = &job->v_cache;
+    status = ksort_read_exact(&job->k_cache, with_memory, &job->k_exact);
+    if (status == KSORT_OK)
+        status = ksort_read_exact(&job->v_cache, with_memory, &job->v_exact);
+    if (status != KSORT_OK)
+        return status;
     if (args->query_type != KSORT_F32 && args->query_type != KSORT_BFP16)
         return KSORT_ERR_TYPE;
     if (job->k.head_dim != job->v.head_dim)
@@ -27,7 +50,7 @@ static ksort_status read_caches(struct attend_job *job, bool with_memory)
         status = ksort_check_slots(args->k, args->first_slot, args->n_queries);
     if (status == KSORT_OK)
         status = ksort_check_slots(args->v, args->first_slot, args->n_queries);
-    return status;
+    return status == KSORT_OK ? check_exact(job) : status;
 }
 
 static ksort_status read_tables(struct attend_job *job)

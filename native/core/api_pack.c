@@ -29,12 +29,15 @@ ksort_status ksort_pack_prepare(const ksort_pack_args *from, struct pack_job *jo
         return KSORT_ERR_KERNELS;
     status = ksort_read_cache(args->cache, true, &job->cache, &job->layout);
     if (status == KSORT_OK)
+        status = ksort_read_exact(&job->cache, true, &job->exact);
+    if (status == KSORT_OK)
         status = ksort_check_slots(&job->cache, args->first_slot, args->n_tokens);
     if (status != KSORT_OK)
         return status;
     uint32_t n_kv_heads = job->cache.n_kv_heads, head_dim = job->layout.head_dim;
     if (!args->x || check_rows(args->n_tokens, args->x_token_stride, (size_t)n_kv_heads * head_dim) != KSORT_OK)
         return KSORT_ERR_ARGUMENT;
+    job->exact_layout = ksort_exact_layout(head_dim);
     if (args->transform)
         status = ksort_read_transform(args->transform, job->kernels, &job->layout, n_kv_heads, &job->transform);
     if (status == KSORT_OK && args->rope)
@@ -49,6 +52,8 @@ ksort_status ksort_pack_prepare(const ksort_pack_args *from, struct pack_job *jo
 static float largest_storable(const struct pack_job *job)
 {
     uint32_t type = job->layout.type;
+    if (job->args.cache->exact)
+        return F16_MAX;
     if (job->layout.is_scaled)
         return (float)((1 << (job->layout.mantissa_bits - 1)) - 1) * SCALE_MAX;
     if (job->args.transform)
@@ -144,8 +149,8 @@ static void write_head(const struct pack_job *job, const float *y, uint8_t *tile
     if (is_bfp(layout->type)) {
         union token_mantissas mantissas = {.quads = {0}}; /* padding channels stay 0 */
         uint8_t exponents[MAX_BLOCKS];
-        job->kernels->round_bfp(y, layout->head_dim, layout->block_size, layout->mantissa_bits, mantissas.channels,
-                                exponents);
+        round_function *round = layout->is_scaled ? job->kernels->round_sbfp : job->kernels->round_bfp;
+        round(y, layout->head_dim, layout->block_size, layout->mantissa_bits, mantissas.channels, exponents);
         ksort_store_mantissas(layout, &mantissas, tile, token);
         for (uint32_t b = 0; b < layout->n_blocks; b++)
             tile[exponent_offset(layout, b, token)] = exponents[b];
@@ -160,6 +165,19 @@ static void write_head(const struct pack_job *job, const float *y, uint8_t *tile
         job->kernels->store_bf16(y, layout->head_dim, row);
 }
 
+/* Stores the head y [head_dim] of the call's token, as it is before rounding, where the cache keeps exact rows of its
+ * slot. */
+static void write_exact(const struct pack_job *job, const float *y, uint32_t head, size_t token)
+{
+    const ksort_exact *exact = job->args.cache->exact;
+    size_t slot = job->args.first_slot + token, row = row_offset(&job->exact_layout, slot % KSORT_TILE_TOKENS);
+    uint32_t head_dim = job->layout.head_dim;
+    if (slot < exact->n_sinks)
+        job->kernels->store_f16(y, head_dim, (uint16_t *)(exact_sinks(exact, head) + row));
+    if (job->args.n_tokens - token <= (size_t)exact->n_tiles * KSORT_TILE_TOKENS)
+        job->kernels->store_f16(y, head_dim, (uint16_t *)(exact_tile(exact, slot / KSORT_TILE_TOKENS, head) + row));
+}
+
 /* Tokens begin .. end-1 of a head, without a transform. */
 static void write_tokens(const struct pack_job *job, uint32_t head, struct range tokens)
 {
@@ -168,6 +186,8 @@ static void write_tokens(const struct pack_job *job, uint32_t head, struct range
         float buffer[KSORT_MAX_HEAD_DIM];
         const float *y = rotated_head(job, (uint32_t)token, head, buffer);
         write_head(job, y, slot_tile(job, slot, head), slot % KSORT_TILE_TOKENS);
+        if (job->args.cache->exact)
+            write_exact(job, y, head, token);
     }
 }
 
@@ -186,9 +206,10 @@ static void write_transformed_tokens(const struct pack_job *job, uint32_t head, 
         size_t stride = heads == rotated[0] ? KSORT_MAX_HEAD_DIM : job->args.x_token_stride;
         for (uint32_t i = 1; i < n_tokens && job->args.rope; i++)
             rotated_head(job, (uint32_t)first + i, head, rotated[i]);
-        for (size_t i = first + GROUP_TOKENS; i < min_size(first + 2 * GROUP_TOKENS, tokens.end); i++)
-            for (uint32_t c = 0; c < layout->head_dim; c += CACHE_LINE / sizeof(float))
-                PREFETCH_NEXT(job->args.x + i * job->args.x_token_stride + (size_t)head * layout->head_dim + c);
+        for (uint32_t i = 0; i < n_tokens && job->args.cache->exact; i++) {
+            _Alignas(64) float buffer[KSORT_MAX_HEAD_DIM];
+            write_exact(job, transformed_head(job, heads + i * stride, head, buffer), head, first + i);
+        }
         job->kernels->encode_transformed(&transform, layout, n_tokens, heads, stride, &encoded);
         store_encoded(job, &encoded, n_tokens, job->args.first_slot + first, head);
     }

@@ -51,9 +51,13 @@ static void unpack_bfp(const struct head_layout *layout, const uint8_t *tile, ui
     union token_mantissas mantissas;
     ksort_load_mantissas(layout, tile, token, &mantissas);
     for (uint32_t c = 0; c < layout->head_dim; c++) {
-        uint8_t exponent = tile[exponent_offset(layout, c / layout->block_size, token)];
-        int power = exponent - 127 - (int)(layout->mantissa_bits - 2);
-        out[c] = exponent ? ldexpf((float)mantissas.channels[c], power) : 0.0f;
+        uint8_t code = tile[exponent_offset(layout, c / layout->block_size, token)];
+        float mantissa = (float)mantissas.channels[c];
+        int power = code - 127 - (int)(layout->mantissa_bits - 2);
+        if (layout->is_scaled)
+            out[c] = mantissa * float_of_scale(code);
+        else
+            out[c] = code ? ldexpf(mantissa, power) : 0.0f;
     }
 }
 

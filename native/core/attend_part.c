@@ -9,25 +9,46 @@
 #include "attend.h"
 #include "transform.h"
 
-/* Tokens of a tile that the unit's slots cover. */
-static struct tile_span span_of(const ksort_cache *cache, const struct head_layout *layout, const struct unit *unit,
-                                size_t tile)
+/* Where a visit finds its keys, or values. */
+static const uint8_t *visited_tile(const ksort_cache *cache, uint32_t kv_head, const struct visit *visit)
 {
-    size_t first = tile * KSORT_TILE_TOKENS, end = first + KSORT_TILE_TOKENS;
+    if (visit->section == PACKED || !cache->exact)
+        return tile_of(cache, visit->tile, kv_head);
+    return visit->section == SINKS ? exact_sinks(cache->exact, kv_head)
+                                   : exact_tile(cache->exact, visit->tile, kv_head);
+}
+
+/* layout: of packed tiles. */
+static struct tile_span span_of(const struct attend_job *job, const ksort_cache *cache,
+                                const struct head_layout *layout, uint32_t kv_head, const struct visit *visit,
+                                const struct visit *next)
+{
     return (struct tile_span){
-        .layout = layout,
-        .tile = tile_of(cache, tile, unit->kv_head),
-        .next = tile_of(cache, end < unit->slots.end ? tile + 1 : tile, unit->kv_head),
-        .begin = (uint32_t)(max_size(unit->slots.begin, first) - first),
-        .end = (uint32_t)(min_size(unit->slots.end, end) - first),
+        .layout = visit->section == PACKED || !cache->exact ? layout : &job->exact_layout,
+        .tile = visited_tile(cache, kv_head, visit),
+        .next = visited_tile(cache, kv_head, next),
+        .begin = visit->begin,
+        .end = visit->end,
     };
 }
 
-static score_function *scores_for(const struct attend_job *job)
+static void score(const struct attend_job *job, const struct tile_span *keys, const struct query_rows *queries,
+                  float (*scores)[KSORT_TILE_TOKENS])
 {
-    if (!is_bfp(job->k.type))
-        return job->kernels->scores_float;
-    return job->args.query_type == KSORT_F32 ? job->kernels->scores_bfp_by_f32 : job->kernels->scores_bfp_by_bfp;
+    if (!is_bfp(job->k.type)) {
+        job->kernels->scores_float(keys, queries, scores);
+    } else if (is_bfp(keys->layout->type)) {
+        bool by_float = job->args.query_type == KSORT_F32;
+        (by_float ? job->kernels->scores_bfp_by_f32 : job->kernels->scores_bfp_by_bfp)(keys, queries, scores);
+    } else { /* exact keys: their units are 1 */
+        job->kernels->scores_float(keys, queries, scores);
+        if (job->args.query_type != KSORT_F32)
+            return;
+        const float per_unit = 1.0f / ksort_key_unit(job); /* a power of two */
+        for (uint32_t row = 0; row < queries->n_rows; row++)
+            for (uint32_t token = keys->begin; token < keys->end; token++)
+                scores[row][token] *= per_unit;
+    }
 }
 
 /* The part of `slots` inside a tile, counted from the tile's first slot; empty ranges have begin >= end. */
@@ -45,37 +66,53 @@ static uint32_t end_of_token(const struct attend_job *job, const struct unit *un
     return (uint32_t)min_size(row + rest, unit->n_rows);
 }
 
-static void attend_tile(const struct attend_job *job, const struct unit *unit, size_t tile,
-                        struct attend_scratch *scratch, struct partial *partial)
+/* next: the visit that comes after it, or itself. */
+static void attend_tile(const struct attend_job *job, const struct unit *unit, const struct visit *visit,
+                        const struct visit *next, struct attend_scratch *scratch, struct partial *partial)
 {
-    struct tile_span keys = span_of(job->args.k, &job->k, unit, tile);
-    struct tile_span values = span_of(job->args.v, &job->v, unit, tile);
-    scores_for(job)(&keys, &scratch->queries, scratch->scores);
+    struct tile_span keys = span_of(job, job->args.k, &job->k, unit->kv_head, visit, next);
+    struct tile_span values = span_of(job, job->args.v, &job->v, unit->kv_head, visit, next);
+    score(job, &keys, &scratch->queries, scratch->scores);
     for (uint32_t row = 0, end; row < unit->n_rows; row = end) {
-        struct range seen = within_tile(row_slots(job, unit->first_row + row), tile);
+        struct range slots = section_slots(job, unit->first_row + row, visit->section);
+        struct range seen = within_tile(slots, visit->tile);
         end = end_of_token(job, unit, row);
         job->kernels->softmax_tile(&scratch->scores[row], end - row, (uint32_t)seen.begin, (uint32_t)seen.end,
                                    &partial->states[row], &scratch->rescale[row]);
     }
     accumulate_function *accumulate =
-        is_bfp(job->v.type) ? job->kernels->accumulate_bfp : job->kernels->accumulate_float;
+        is_bfp(values.layout->type) ? job->kernels->accumulate_bfp : job->kernels->accumulate_float;
     accumulate(&values, unit->n_rows, (const float (*)[KSORT_TILE_TOKENS])scratch->scores, scratch->rescale,
                partial->accumulators, job->stride);
 }
 
-/* Runs the unit's tiles at places line.begin .. line.end-1 of the line. */
+/* Asks for the exact rows of the visit that a unit begins with: no visit before it asks, and they are few. */
+static void prefetch_sinks(const struct attend_job *job, const struct unit *unit, const struct visit *visit)
+{
+    const ksort_cache *caches[2] = {job->args.k, job->args.v};
+    size_t n_bytes = visit->section == SINKS ? row_offset(&job->exact_layout, visit->end) : 0;
+    for (int i = 0; i < 2 && n_bytes; i++)
+        for (size_t at = 0; caches[i]->exact && at < n_bytes; at += CACHE_LINE)
+            PREFETCH_NEXT(visited_tile(caches[i], unit->kv_head, visit) + at);
+}
+
+/* Runs the unit's visits at places line.begin .. line.end-1 of the line. */
 static ksort_status attend_tiles(const struct attend_job *job, const struct unit *unit, struct range line,
                                  struct attend_scratch *scratch, struct partial *partial)
 {
+    struct visit visit = ksort_visit_at(unit, line.begin);
+    prefetch_sinks(job, unit, &visit);
     ksort_status status = ksort_prepare_queries(job, unit, &scratch->queries);
     if (status != KSORT_OK)
         return status;
     for (uint32_t row = 0; row < unit->n_rows; row++)
         partial->states[row] = softmax_init();
     memset(partial->accumulators, 0, unit->n_rows * job->stride * sizeof(float));
-    size_t first_tile = unit->slots.begin / KSORT_TILE_TOKENS;
-    for (size_t at = line.begin; at < line.end; at++)
-        attend_tile(job, unit, first_tile + (at - unit->line.begin), scratch, partial);
+    for (size_t at = line.begin; at < line.end; at++) {
+        struct visit next = at + 1 < unit->line.end ? ksort_visit_at(unit, at + 1) : visit;
+        attend_tile(job, unit, &visit, &next, scratch, partial);
+        visit = next;
+    }
     return KSORT_OK;
 }
 
@@ -111,7 +148,7 @@ static ksort_status write_unit(const struct attend_job *job, const struct unit *
 ksort_status ksort_attend_run(const struct attend_job *job, uint32_t ith, uint32_t nth)
 {
     struct attend_scratch *scratch = scratch_of(job, ith);
-    struct range share = share_of(job->n_tiles, ith, nth);
+    struct range share = share_of(job->n_visits, ith, nth);
     ksort_status status = KSORT_OK;
     for (size_t at = share.begin; at < share.end && status == KSORT_OK;) {
         struct unit unit;
@@ -142,7 +179,7 @@ static void join_partials(const struct attend_job *job, uint32_t n_rows, const s
 
 ksort_status ksort_attend_join(const struct attend_job *job, uint32_t ith, uint32_t nth)
 {
-    struct range share = share_of(job->n_tiles, ith, nth);
+    struct range share = share_of(job->n_visits, ith, nth);
     if (share.begin == share.end)
         return KSORT_OK;
     struct unit unit;
@@ -151,7 +188,7 @@ ksort_status ksort_attend_join(const struct attend_job *job, uint32_t ith, uint3
         return KSORT_OK; /* begun by an earlier part, or whole */
     struct partial *partial = &scratch_of(job, ith)->partials[PARTIAL_TAIL];
     for (uint32_t part = ith + 1; share.end < unit.line.end; part++) {
-        share = share_of(job->n_tiles, part, nth);
+        share = share_of(job->n_visits, part, nth);
         join_partials(job, unit.n_rows, &scratch_of(job, part)->partials[PARTIAL_HEAD], partial);
     }
     return write_unit(job, &unit, partial);

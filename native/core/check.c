@@ -11,14 +11,19 @@ static bool extent(size_t piece_bytes, size_t stride, size_t n, size_t *bytes)
     return true;
 }
 
-/* Tiles may lie within heads or heads within tiles. */
-static bool tiles_are_apart(const ksort_cache *cache, size_t tile_bytes)
+/* Where tiles lie, of a cache or of exact rows. */
+static ksort_status check_tiles(const void *base, bool with_memory, size_t tile_bytes, size_t n_tiles,
+                                size_t tile_stride, uint32_t n_kv_heads, size_t head_stride)
 {
-    size_t n_tiles = (cache->n_slots - 1) / KSORT_TILE_TOKENS + 1, inner, outer;
-    return (extent(tile_bytes, cache->tile_stride, n_tiles, &inner) &&
-            extent(inner, cache->head_stride, cache->n_kv_heads, &outer)) ||
-           (extent(tile_bytes, cache->head_stride, cache->n_kv_heads, &inner) &&
-            extent(inner, cache->tile_stride, n_tiles, &outer));
+    if (with_memory && !base)
+        return KSORT_ERR_ARGUMENT;
+    if (tile_stride % KSORT_ALIGNMENT || head_stride % KSORT_ALIGNMENT || (with_memory && !is_aligned(base)))
+        return KSORT_ERR_ALIGNMENT;
+    size_t inner, outer; /* tiles may lie within heads or heads within tiles */
+    bool are_apart =
+        (extent(tile_bytes, tile_stride, n_tiles, &inner) && extent(inner, head_stride, n_kv_heads, &outer)) ||
+        (extent(tile_bytes, head_stride, n_kv_heads, &inner) && extent(inner, tile_stride, n_tiles, &outer));
+    return are_apart ? KSORT_OK : KSORT_ERR_ARGUMENT;
 }
 
 ksort_status ksort_read_cache(const ksort_cache *from, bool with_memory, ksort_cache *cache, struct head_layout *layout)
@@ -28,12 +33,26 @@ ksort_status ksort_read_cache(const ksort_cache *from, bool with_memory, ksort_c
         status = ksort_layout_of(&cache->format, layout);
     if (status != KSORT_OK)
         return status;
-    if (cache->n_kv_heads == 0 || cache->n_slots == 0 || (with_memory && !cache->base))
+    if (cache->n_kv_heads == 0 || cache->n_slots == 0)
         return KSORT_ERR_ARGUMENT;
-    if (cache->tile_stride % KSORT_ALIGNMENT || cache->head_stride % KSORT_ALIGNMENT ||
-        (with_memory && !is_aligned(cache->base)))
-        return KSORT_ERR_ALIGNMENT;
-    return tiles_are_apart(cache, layout->tile_bytes) ? KSORT_OK : KSORT_ERR_ARGUMENT;
+    return check_tiles(cache->base, with_memory, layout->tile_bytes, (cache->n_slots - 1) / KSORT_TILE_TOKENS + 1,
+                       cache->tile_stride, cache->n_kv_heads, cache->head_stride);
+}
+
+ksort_status ksort_read_exact(ksort_cache *cache, bool with_memory, ksort_exact *exact)
+{
+    if (!cache->exact)
+        return KSORT_OK;
+    ksort_status status = READ_STRUCT(exact, cache->exact, begin);
+    if (status != KSORT_OK)
+        return status;
+    if (!is_bfp(cache->format.type))
+        return KSORT_ERR_TYPE;
+    if (exact->n_sinks > KSORT_TILE_TOKENS)
+        return KSORT_ERR_ARGUMENT;
+    cache->exact = exact;
+    return check_tiles(exact->base, with_memory, ksort_exact_layout(cache->format.head_dim).tile_bytes,
+                       (size_t)exact->n_tiles + 1, exact->tile_stride, cache->n_kv_heads, exact->head_stride);
 }
 
 ksort_status ksort_check_slots(const ksort_cache *cache, size_t first_slot, uint32_t n_tokens)

@@ -10,6 +10,11 @@
 ksort_status ksort_read_cache(const ksort_cache *from, bool with_memory, ksort_cache *cache,
                               struct head_layout *layout);
 
+/* Reads the exact rows of a cache that was read, and checks them, their memory too unless with_memory is false; cache->exact
+ * becomes `exact`. Nothing to do where the cache has none.
+ * Returns KSORT_OK, _ARGUMENT, _STRUCT_SIZE, _TYPE, _ALIGNMENT. */
+ksort_status ksort_read_exact(ksort_cache *cache, bool with_memory, ksort_exact *exact);
+
 /* Checks that slots first_slot .. first_slot+n_tokens-1 exist and are at least one: KSORT_OK or _ARGUMENT. */
 ksort_status ksort_check_slots(const ksort_cache *cache, size_t first_slot, uint32_t n_tokens);
 

@@ -1,4 +1,4 @@
-/* float32 <-> f16 and bf16, round to nearest even. */
+/* float32 <-> f16, bf16 and the scale bytes of SBFP, round to nearest even. */
 #ifndef KSORT_HALF_H
 #define KSORT_HALF_H
 
@@ -46,6 +46,25 @@ static inline float float_of_f16(uint16_t x)
         return bits_float(sign | float_bits(value));
     }
     return bits_float(sign | (magnitude + (112u << 10)) << 13);
+}
+
+#define SCALE_MAX 57344.0f /* SBFP's largest scale, of code 0x7B */
+
+/* SBFP's signed scale of any byte: the f16 whose upper byte it is. */
+static inline float float_of_scale(uint8_t code)
+{
+    return float_of_f16((uint16_t)(code << 8));
+}
+
+/* The code whose scale is nearest to x, 0 <= x <= SCALE_MAX. */
+static inline uint8_t scale_of_float(float x)
+{
+    uint32_t bits = float_bits(x);
+    if (x < 0x1p-14f) /* scales count steps of 2^-16 there, as float32 does between 128 and 256 */
+        return (uint8_t)(float_bits(x + 128.0f) - float_bits(128.0f));
+    /* Round away 21 mantissa bits, then move the exponent's bias from 127 to 15. */
+    uint32_t rounded = bits + 0xFFFFFu + (bits >> 21 & 1);
+    return (uint8_t)((rounded - (112u << 23)) >> 21);
 }
 
 /* Value i of a row of f32, f16 or bf16. */

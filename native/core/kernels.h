@@ -49,14 +49,15 @@ struct encoded_tokens {
 struct query_rows {
     uint32_t n_rows;
     /* BFP16 rows for BFP keys. Score = sum over blocks b of
-     *     (sum over the block of query mantissa * key mantissa) * factors[b] * 2^(key exponent b - 127),
-     * so factors hold the query's step, the softmax scale and the key's constant 2^-(mantissa_bits - 2). */
+     *     (sum over the block of query mantissa * key mantissa) * factors[b] * the key's scale of block b,
+     * which is 2^(key exponent - 127) or SBFP's own; so factors hold the query's step, the softmax scale and the key's
+     * mantissa_unit. */
     _Alignas(64) int32_t quads[MAX_ROWS][MAX_QUADS]; /* [n_rows][n_quads]: four mantissas each, padding 0 */
     float factors[MAX_ROWS][MAX_BLOCKS];             /* [n_rows][n_blocks] */
     /* Kernels that multiply unsigned bytes use key mantissa + 2^(mantissa_bits-1) and start a block's sum here, at
      * -2^(mantissa_bits-1) * (sum of the block's query mantissas). */
     int32_t offsets[MAX_ROWS][MAX_BLOCKS]; /* [n_rows][n_blocks] */
-    /* Float rows, for f32 queries or float keys. They hold the softmax scale; for BFP keys 2^-(mantissa_bits-2) too,
+    /* Float rows, for f32 queries or float keys. They hold the softmax scale; for BFP keys their mantissa_unit too,
      * and zeros up to the last quad. */
     _Alignas(64) float values[MAX_ROWS][KSORT_MAX_HEAD_DIM]; /* [n_rows][head_dim] */
 };
@@ -86,7 +87,8 @@ typedef uint32_t max_magnitude_function(const float *x, size_t n);
  * rounded on its own, so that every level gives the same bits. */
 typedef void rope_function(const struct rope_row *rope, const float *x, uint32_t head_dim, float *y);
 
-/* Nearest BFP encoder of FORMAT.md over finite x [head_dim]: mantissas [head_dim], exponents [blocks]. */
+/* The nearest encoders of FORMAT.md, of BFP or of SBFP, over finite x [head_dim], which is in the type's range:
+ * mantissas [head_dim], exponents (SBFP: scale bytes) [blocks]. */
 typedef void round_function(const float *x, uint32_t head_dim, uint32_t block_size, uint32_t mantissa_bits,
                             int8_t *mantissas, uint8_t *exponents);
 
@@ -130,7 +132,8 @@ struct kernels {
 
     max_magnitude_function *max_magnitude;
     rope_function *rope;
-    round_function *round_bfp;
+    round_function *round_bfp; /* queries too */
+    round_function *round_sbfp;
     transform_function *transform_key; /* values too */
     transform_function *transform_query;
     restore_function *restore_value;

@@ -59,6 +59,13 @@ ksort_status ksort_layout_of(const ksort_format *format, struct head_layout *lay
     return KSORT_OK;
 }
 
+struct head_layout ksort_exact_layout(uint32_t head_dim)
+{
+    struct head_layout layout = {.type = KSORT_F16, .head_dim = head_dim};
+    set_float(&layout, 2);
+    return layout;
+}
+
 /* Four low bits of each byte of two quads, side by side. */
 static uint32_t nibbles(uint32_t low, uint32_t high)
 {
@@ -154,18 +161,16 @@ void ksort_store_mantissas(const struct head_layout *layout, const union token_m
 void ksort_store_columns(const struct head_layout *layout, const uint32_t *quads, size_t stride, uint32_t n_tokens,
                          uint8_t *tile, uint32_t token)
 {
-    uint32_t words[MAX_QUADS * STRIP_TOKENS];
-    uint8_t *first = tile + word_offset(layout, 0, token);
-    const size_t word_bytes = STRIP_TOKENS * sizeof *words;
+    uint32_t *strip = (uint32_t *)(tile + word_offset(layout, 0, token)); /* [n_words][STRIP_TOKENS] from a column on */
     if (n_tokens == STRIP_TOKENS) {
-        words_of_quads(layout, quads, stride, words, STRIP_TOKENS);
-        memcpy(first, words, layout->n_words * word_bytes);
+        words_of_quads(layout, quads, stride, strip, STRIP_TOKENS);
         return;
     }
     for (uint32_t t = 0; t < n_tokens; t++) {
+        uint32_t words[MAX_QUADS];
         words_of_quads(layout, quads + t, stride, words, 1);
         for (uint32_t w = 0; w < layout->n_words; w++)
-            memcpy(first + w * word_bytes + t * sizeof *words, &words[w], sizeof *words);
+            strip[w * STRIP_TOKENS + t] = words[w];
     }
 }
 

@@ -38,6 +38,9 @@ struct head_layout {
 /* Returns KSORT_OK, _ARGUMENT, _STRUCT_SIZE, _TYPE, _HEAD_DIM, _BLOCK_SIZE. */
 ksort_status ksort_layout_of(const ksort_format *format, struct head_layout *layout);
 
+/* The layout of exact rows of heads of head_dim channels: f16 tiles. */
+struct head_layout ksort_exact_layout(uint32_t head_dim);
+
 /* KSORT_OK if blocks of block_size channels are allowed in a head, else KSORT_ERR_BLOCK_SIZE. */
 ksort_status ksort_check_block_size(uint32_t block_size, uint32_t head_dim);
 
@@ -63,6 +66,12 @@ void ksort_load_mantissas(const struct head_layout *layout, const uint8_t *tile,
 static inline HOST_DEVICE bool is_bfp(uint32_t type)
 {
     return type >= KSORT_BFP16;
+}
+
+/* What mantissas times the block's scale, 2^(exponent - 127) or SBFP's own, are to be multiplied with. */
+static inline HOST_DEVICE float mantissa_unit(const struct head_layout *layout)
+{
+    return layout->is_scaled ? 1.0f : 1.0f / (float)(1u << (layout->mantissa_bits - 2));
 }
 
 static inline HOST_DEVICE size_t strip_bytes(const struct head_layout *layout)
@@ -91,6 +100,17 @@ static inline HOST_DEVICE size_t row_offset(const struct head_layout *layout, ui
 static inline uint8_t *tile_of(const ksort_cache *cache, size_t tile, uint32_t kv_head)
 {
     return (uint8_t *)cache->base + tile * cache->tile_stride + kv_head * cache->head_stride;
+}
+
+/* Tile 0, the sinks', or that of the ring where slots of `tile` are. */
+static inline uint8_t *exact_sinks(const ksort_exact *exact, uint32_t kv_head)
+{
+    return (uint8_t *)exact->base + kv_head * exact->head_stride;
+}
+
+static inline uint8_t *exact_tile(const ksort_exact *exact, size_t tile, uint32_t kv_head)
+{
+    return exact_sinks(exact, kv_head) + (1 + tile % exact->n_tiles) * exact->tile_stride;
 }
 
 #endif /* KSORT_LAYOUT_H */

@@ -5,13 +5,15 @@
 #include "kernels.h"
 
 struct pack_job {
-    ksort_pack_args args; /* points to the three below, which are copies too: a job may not be moved */
+    ksort_pack_args args; /* points to the four below, which are copies too: a job may not be moved */
     ksort_cache cache;
+    ksort_exact exact;
     ksort_rope rope;
     ksort_transform transform;
     const struct kernels *kernels;
     struct head_layout layout;
-    double growth; /* |RoPE(x)| <= growth * max|x|; see ksort_check_rope */
+    struct head_layout exact_layout; /* where the cache has exact rows */
+    double growth;                   /* |RoPE(x)| <= growth * max|x|; see ksort_check_rope */
 };
 
 /* Reads a caller's arguments and checks everything but the values of x. Returns as ksort_pack, without _NON_FINITE and _RANGE. */

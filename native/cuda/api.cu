@@ -150,7 +150,9 @@ bool is_decode(const attend_job &job)
 
 /* Gives the parts of the workspace their places, and returns its bytes:
  *
- *     decode: | mantissas | exponents | partials |      prompt: | values |
+ *     decode: | mantissas | exponents | partials |      prompt: | values | sums and softmax of exact rows |
+ *
+ * and with exact rows | exact queries | at the end;
  *
  * each begins at a multiple of WORKSPACE_ALIGNMENT.
  */
@@ -168,7 +170,13 @@ size_t place_workspace(size_t n_rows, void *workspace, attend_job *job)
         job->partials = (float *)place(decode_partial_floats(*job) * sizeof *job->partials);
     } else {
         job->values = (__nv_bfloat16 *)place(n_rows * job->k.layout.head_dim * sizeof *job->values);
+        if (has_exact(job->k)) {
+            job->exact_sums = (float *)place(n_rows * job->k.layout.head_dim * sizeof *job->exact_sums);
+            job->exact_rows = (exact_softmax *)place(n_rows * sizeof *job->exact_rows);
+        }
     }
+    if (has_exact(job->k))
+        job->exact_queries = (float *)place(n_rows * job->k.layout.head_dim * sizeof *job->exact_queries);
     return bytes;
 }
 
@@ -180,12 +188,16 @@ ksort_status prepare_attend(const ksort_cuda_attend_args &args, memory memory, a
         return status;
     if (!sizes_fit(args, *job))
         return KSORT_ERR_ARGUMENT;
+    status = check_exact_pair(job->k, job->v, job->tokens.n_tokens, args.max_slots);
+    if (status != KSORT_OK)
+        return status;
     fill_attend(args, job);
     if (is_decode(*job)) {
         int n_multiprocessors;
         if (multiprocessors(&n_multiprocessors) != cudaSuccess)
             return (ksort_status)KSORT_ERR_CUDA;
-        job->n_splits = decode_splits(*job, (uint32_t)n_multiprocessors);
+        job->n_exact_splits = decode_exact_splits(*job);
+        job->n_splits = job->n_exact_splits + decode_splits(*job, n_multiprocessors);
     }
     const size_t n_rows = (size_t)job->tokens.n_contexts * job->tokens.n_tokens * job->n_heads;
     *workspace_bytes = place_workspace(n_rows, args.workspace, job);
@@ -212,8 +224,11 @@ cudaError_t launch_attend(const attend_job &job, cudaStream_t stream)
     cudaError_t error = launch_prepare_queries<HEAD_DIM>(job, stream);
     if (error != cudaSuccess)
         return error;
-    if (!is_decode(job))
-        return launch_prompt<HEAD_DIM>(job, stream);
+    if (!is_decode(job)) {
+        if (has_exact(job.k))
+            error = launch_prompt_exact<HEAD_DIM>(job, stream);
+        return error == cudaSuccess ? launch_prompt<HEAD_DIM>(job, stream) : error;
+    }
     error = launch_decode<HEAD_DIM>(job, stream);
     return error == cudaSuccess ? launch_merge<HEAD_DIM>(job, stream) : error;
 }
@@ -242,7 +257,9 @@ ksort_status ksort_cuda_pack(const ksort_cuda_pack_args *args, void *stream)
         return status;
     const uint32_t head_dim = job.has_k ? job.k.layout.head_dim : job.v.layout.head_dim;
     return status_of(with_head_dim(head_dim, cudaErrorInvalidValue, [&](auto known_head_dim) {
-        return launch_pack<known_head_dim>(job, (cudaStream_t)stream);
+        cudaError_t error = launch_pack<known_head_dim>(job, (cudaStream_t)stream);
+        const bool goes_on = error == cudaSuccess && (has_exact(job.k) || has_exact(job.v));
+        return goes_on ? launch_pack_exact<known_head_dim>(job, (cudaStream_t)stream) : error;
     }));
 }
 

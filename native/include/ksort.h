@@ -44,7 +44,7 @@ typedef enum ksort_status {
     KSORT_ERR_NON_FINITE = 9,  /* NaN or infinity in a key, value or query, or in the scores or sums they make */
     KSORT_ERR_RANGE = 10,      /* a finite key or value, after RoPE, is too large for the cache type (f16: beyond 65504,
                                   bf16: beyond 0x7F7F as bits, others: beyond float32), or after a transform 2^120 or
-                                  more */
+                                  more, or beyond 65504 where the cache has exact rows */
     KSORT_ERR_WORKSPACE = 11,  /* workspace is smaller than ksort_attend_workspace_bytes asks for */
     KSORT_ERR_KERNELS = 12,    /* unknown kernel level, or one that this CPU does not support */
     KSORT_ERR_THREADS = 13,    /* the system refused memory or threads for the pool */
@@ -110,8 +110,33 @@ typedef struct ksort_transform {
     const uint16_t *permutation; /* [n_kv_heads, head_dim], each channel once in each head, or NULL */
 } ksort_transform;
 
-/* One cache of one layer: tile t of KV head h starts at base + t * tile_stride + h * head_stride. All fields are
- * mandatory: the last is n_kv_heads. */
+/* Exact rows beside a packed cache: the newest slots and the first ones as f16 heads, as they are before rounding (after
+ * RoPE and transform, without feedback). The caller owns their memory, as a cache's. They lie in f16 tiles of FORMAT.md,
+ * tile t of KV head h at base + t * tile_stride + h * head_stride: tile 0 has the sinks, slots 0 .. n_sinks-1; tiles 1 ..
+ * n_tiles are a ring, slot s in its row s mod (64 n_tiles).
+ * ksort_pack writes both beside the packed tiles; where one call brings more than the ring holds, the newest. A query at
+ * slot p reads as exact the slots below n_sinks, and those from max(p + 1 - n_tail, begin) to p; all others that it sees
+ * are read from the packed tiles. So what it reads does not depend on the calls that a text came in, if the ring holds
+ * the tail of every query of a call: min(n_tail + n_queries - 1, first_slot + n_queries) rows (where n_tail is not 0), or
+ * attending is _ARGUMENT.
+ * begin is the first slot, sinks aside, whose row the ring holds, and the caller's to keep. Before n tokens are packed
+ * from first_slot on:
+ *     if (first_slot < begin) begin = first_slot;
+ *     begin = max(begin, first_slot + n - 64 * n_tiles), if that is not negative
+ * Slots that are forgotten and written anew need nothing else. All fields are mandatory: the last is begin. */
+typedef struct ksort_exact {
+    size_t struct_size;
+    void *base;         /* KSORT_ALIGNMENT-aligned; packing writes, attending only reads */
+    size_t tile_stride; /* bytes, a multiple of KSORT_ALIGNMENT */
+    size_t head_stride; /* bytes, a multiple of KSORT_ALIGNMENT */
+    uint32_t n_tiles;   /* of the ring, behind tile 0 */
+    uint32_t n_tail;    /* slots that a query reads as exact, its own the last */
+    uint32_t n_sinks;   /* at most KSORT_TILE_TOKENS */
+    size_t begin;
+} ksort_exact;
+
+/* One cache of one layer: tile t of KV head h starts at base + t * tile_stride + h * head_stride. The last mandatory
+ * field is n_kv_heads. */
 typedef struct ksort_cache {
     size_t struct_size;
     ksort_format format;
@@ -120,6 +145,7 @@ typedef struct ksort_cache {
     size_t head_stride; /* bytes, a multiple of KSORT_ALIGNMENT */
     size_t n_slots;     /* capacity in tokens: slots 0 .. n_slots-1 are backed by memory (whole tiles) */
     uint32_t n_kv_heads;
+    const ksort_exact *exact; /* NULL: none. BFP types only */
 } ksort_cache;
 
 /* The ABI version of the loaded library: equals KSORT_ABI_VERSION of the header it was built with. Thread-safe. */
@@ -159,13 +185,14 @@ typedef struct ksort_pack_args {
 
 /* Every part checks all of x first, so with a bad value no part writes anything. Other slots keep their bytes.
  * Returns KSORT_OK, _ARGUMENT, _STRUCT_SIZE, _TYPE, _HEAD_DIM, _BLOCK_SIZE, _ALIGNMENT, _ROPE, _NON_FINITE, _RANGE,
- * _KERNELS, _TRANSFORM. A transform with a float cache type is _TYPE. */
+ * _KERNELS, _TRANSFORM. A transform, or exact rows, with a float cache type is _TYPE. With exact rows a head beyond
+ * f16's range is _RANGE, whichever of the call's tokens has it. */
 ksort_status ksort_pack(const ksort_pack_args *args, uint32_t ith, uint32_t nth);
 
 /* Unpack slots first_slot .. first_slot+n_tokens-1 to out [n_tokens, n_kv_heads, head_dim], contiguous float32,
  * exactly (a BFP block of exponent 255, which no encoder makes, may reach beyond float32: infinity, and attend says
  * _NON_FINITE).
- * For tests and tools: attention never needs it.
+ * For tests and tools: attention never needs it. Exact rows are not looked at.
  * Returns KSORT_OK, _ARGUMENT, _STRUCT_SIZE, _TYPE, _HEAD_DIM, _BLOCK_SIZE, _ALIGNMENT. */
 ksort_status ksort_unpack(const ksort_cache *cache, size_t first_slot, uint32_t n_tokens, float *out);
 
@@ -176,7 +203,8 @@ ksort_status ksort_unpack(const ksort_cache *cache, size_t first_slot, uint32_t 
 typedef struct ksort_attend_args {
     size_t struct_size;
     const ksort_cache *k;
-    const ksort_cache *v;    /* same head_dim and n_kv_heads as k; type and block size may differ */
+    const ksort_cache *v;    /* same head_dim and n_kv_heads as k; type and block size may differ. One may have exact
+                                rows and the other none; where both have, n_tail, n_sinks and begin are equal */
     const float *q;          /* [n_queries, n_heads, head_dim]; heads contiguous, before RoPE */
     size_t q_token_stride;   /* floats between tokens, at least n_heads * head_dim */
     float *out;              /* [n_queries, n_heads, head_dim]; heads contiguous */

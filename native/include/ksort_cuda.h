@@ -27,6 +27,28 @@ extern "C" {
 #define KSORT_CUDA_ABI_VERSION 2
 #define KSORT_ERR_CUDA 100 /* as a ksort_status: no device that runs the library's kernels, or CUDA refused a launch */
 
+/* Exact rows beside a packed cache: ksort.h's (FORMAT.md), f16 tiles [64 tokens][head_dim] for each context. Tile t of KV
+ * head h of context s starts at base + s * context_stride + t * tile_stride + h * head_stride: tile 0 has the sinks,
+ * slots 0 .. n_sinks-1; tiles 1 .. n_tiles are a ring, slot s in its row s mod (64 n_tiles). Rows are heads as they are
+ * before rounding: after RoPE and transform, without feedback.
+ *
+ * A query at slot p reads as exact the slots below n_sinks, and those from max(p + 1 - n_tail, begin) to p; all others
+ * that it sees are read from the packed tiles. begin[s] is the first slot, sinks aside, whose row the ring holds. The
+ * caller keeps it: before n tokens of context s are packed from first_slot on,
+ *     begin = max(min(begin, first_slot), first_slot + n - 64 * n_tiles)
+ */
+typedef struct ksort_cuda_exact {
+    size_t struct_size;
+    void *base;            /* device, KSORT_ALIGNMENT-aligned; packing writes, attending only reads */
+    size_t context_stride; /* bytes, a multiple of KSORT_ALIGNMENT; so are the two below */
+    size_t tile_stride;
+    size_t head_stride;
+    uint32_t n_tiles;     /* of the ring, behind tile 0 */
+    uint32_t n_tail;      /* slots that a query reads as exact, its own the last */
+    uint32_t n_sinks;     /* at most KSORT_TILE_TOKENS */
+    const int32_t *begin; /* device [n_contexts], each at least 0; read when kernels run. The last mandatory field */
+} ksort_cuda_exact;
+
 /* One cache (keys or values) of one layer for several contexts, in pages of whole tiles. Tile t of KV head h of
  * context s starts at
  *
@@ -42,12 +64,13 @@ typedef struct ksort_cuda_cache {
     size_t page_stride; /* bytes, a multiple of KSORT_ALIGNMENT; so are the two below */
     size_t tile_stride;
     size_t head_stride;
-    const int32_t *page_table; /* device [n_contexts, context_pages], or NULL. Entries of pages that a call does not
+    const int32_t *page_table;     /* device [n_contexts, context_pages], or NULL. Entries of pages that a call does not
                                   reach are not read */
-    uint32_t context_pages;    /* pages that a context may have, at least 1 */
-    uint32_t page_tiles;       /* tiles a page, at least 1 */
-    uint32_t n_contexts;       /* at most 65535 */
-    uint32_t n_kv_heads;       /* at most 65535. The last mandatory field */
+    uint32_t context_pages;        /* pages that a context may have, at least 1 */
+    uint32_t page_tiles;           /* tiles a page, at least 1 */
+    uint32_t n_contexts;           /* at most 65535 */
+    uint32_t n_kv_heads;           /* at most 65535. The last mandatory field */
+    const ksort_cuda_exact *exact; /* NULL: none. BFP and SBFP types only */
 } ksort_cuda_cache;
 
 /* The tokens of a call: rows of n_tokens new tokens for each context, of which the first n_new[s] count. They stand in
@@ -88,7 +111,8 @@ typedef struct ksort_cuda_pack_args {
     const ksort_transform *v_transform;
 } ksort_cuda_pack_args;
 
-/* A head with NaN or infinity is not written, and KSORT_ERR_NON_FINITE or KSORT_ERR_RANGE reported in *device_status.
+/* A head with NaN or infinity is not written, and KSORT_ERR_NON_FINITE or KSORT_ERR_RANGE reported in *device_status. So
+ * is an exact row with a value beyond 65504 (KSORT_ERR_RANGE). Of more tokens than a ring has rows it gets the newest.
  * Returns KSORT_OK, _ARGUMENT, _STRUCT_SIZE, _TYPE, _HEAD_DIM, _BLOCK_SIZE, _HEADS, _ALIGNMENT, _TRANSFORM (rotate is not
  * 0 or 1), KSORT_ERR_CUDA. */
 ksort_status ksort_cuda_pack(const ksort_cuda_pack_args *args, void *stream);
@@ -99,7 +123,12 @@ ksort_status ksort_cuda_pack(const ksort_cuda_pack_args *args, void *stream);
  * ksort_attend's bound (native/README.md), to which outputs of 16 bits add what storing rounds. Where n_tokens is above
  * 1 weights have 22 bits, but 11 in rows of such outputs that see more than 512 slots: in the worst case these add
  * 2^-11 of the largest |value| seen, but errors of so many weights cancel, and all random problems were within the
- * bound. */
+ * bound.
+ *
+ * Exact rows are multiplied by queries that are not rounded (22 bits of them), within the same bound. Keys and values
+ * have them together, with the same n_tail and n_sinks (begin is that of the keys), but values in f16, which are read as
+ * they are, have none: else _ARGUMENT, or _TYPE for values in bf16. The ring must hold the tail of every query, n_tail +
+ * n_tokens - 1 rows, or max_slots where that is less: else _ARGUMENT. */
 typedef struct ksort_cuda_attend_args {
     size_t struct_size;
     const ksort_cuda_tokens *tokens;

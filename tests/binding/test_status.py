@@ -25,7 +25,7 @@ ATTEND_CALLS = ("attend", "merge", "workspace_bytes")
 TRANSFORM_CALLS = ("pack", "attend", "merge")
 BAD_FIELDS = [
     ("k.format.struct_size", 3, "STRUCT_SIZE", FORMAT_CALLS),
-    ("k.format.type", 6, "TYPE", FORMAT_CALLS),
+    ("k.format.type", 8, "TYPE", FORMAT_CALLS),
     ("k.format.type", 2**32 - 1, "TYPE", FORMAT_CALLS),
     ("k.format.head_dim", 0, "HEAD_DIM", FORMAT_CALLS),
     ("k.format.head_dim", 31, "HEAD_DIM", FORMAT_CALLS),
@@ -87,7 +87,7 @@ BAD_FIELDS = [
     ("attend.workspace", None, "ARGUMENT", ("attend", "merge")),
     ("attend.workspace", "misaligned", "ALIGNMENT", ("attend", "merge")),
     ("attend.workspace_bytes", "one less", "WORKSPACE", ("attend", "merge")),
-    ("v.format.type", 6, "TYPE", ATTEND_CALLS),
+    ("v.format.type", 8, "TYPE", ATTEND_CALLS),
     ("v.format.head_dim", 30, "HEAD_DIM", ATTEND_CALLS),
     ("v.n_kv_heads", 1, "HEADS", ATTEND_CALLS),
     ("v.n_slots", 4, "ARGUMENT", ATTEND_CALLS),

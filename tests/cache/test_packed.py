@@ -66,7 +66,7 @@ def test_attention_equals_the_reference(rng, plans, case):
     k, v, q = heads(rng, 150, N_KV_HEADS), heads(rng, 150, N_KV_HEADS), heads(rng, n_queries, N_HEADS)
     cache = PackedCache(
         **HEADS, n_ctx=200, cache_type_k=k_type, cache_type_v=v_type, block_size=block_size, query_type=query_type,
-        plan=plan, layer=1,
+        plan=plan, layer=1, exact_tail=0, exact_sinks=0,
     )  # fmt: skip
     for start, stop in ((0, 61), (61, 62), (62, 150)):
         cache.append(k[start:stop], v[start:stop])
@@ -81,9 +81,9 @@ def test_truncated_tokens_are_forgotten_and_bytes_counted(rng):
     k, v, q = heads(rng, 100, N_KV_HEADS), heads(rng, 100, N_KV_HEADS), heads(rng, 10, N_HEADS)
     cache, fresh = PackedCache(**HEADS, n_ctx=100), PackedCache(**HEADS, n_ctx=100)
     cache.append(k, v)
-    assert cache.n_bytes == 2 * 128 * N_KV_HEADS * HEAD_DIM * 4.25 / 8
+    assert cache.n_bytes == 2 * 128 * N_KV_HEADS * HEAD_DIM * (4.25 / 8 + 2) + 2 * 64 * N_KV_HEADS * HEAD_DIM * 2
     cache.truncate(40)
-    assert cache.n_tokens == 40 and cache.n_bytes == 64 * N_KV_HEADS * HEAD_DIM * 4.25 / 4
+    assert cache.n_tokens == 40 and cache.n_bytes == 64 * N_KV_HEADS * HEAD_DIM * (4.25 / 4 + 2 * 2 * 2)
     fresh.append(k[:40], v[:40])
     for each in (cache, fresh):
         each.append(k[90:], v[90:])
@@ -104,6 +104,10 @@ def test_truncated_tokens_are_forgotten_and_bytes_counted(rng):
         ({"head_dim": 258}, CacheTypeError, "head_dim"),
         ({"n_ctx": 0}, ContextError, "n_ctx"),
         ({"block_size": 64}, CacheTypeError, "block_size"),
+        ({"exact_tail": -1}, CacheTypeError, "exact_tail"),
+        ({"exact_tail": 1 << 21}, CacheTypeError, "exact_tail"),
+        ({"exact_sinks": 65}, CacheTypeError, "exact_sinks"),
+        ({"exact_sinks": 1, "cache_type_k": "f16", "cache_type_v": "bf16"}, CacheTypeError, "exact_sinks"),
         ({"layer": 2, "plan": "ksort"}, PlanError, "layer"),
         ({"layer": -1}, PlanError, "layer"),
         ({"n_kv_heads": 4}, PlanError, "plan"),

@@ -17,7 +17,7 @@ N_CTX, N_CHUNKS = 256, 2
 
 
 def forward_of(loaded, k_type):
-    return protocol.forward_of(loaded.backend.start(loaded.cache_options(k_type), N_CTX))
+    return protocol.forward_of(loaded.backend.start(loaded.cache_options(k_type, exact_tail=0, exact_sinks=0), N_CTX))
 
 
 @pytest.fixture(scope="module")

@@ -39,6 +39,9 @@ def test_cache_bytes(files: Path):
     n_values = N_LAYERS * N_KV_HEADS * HEAD_DIM
     assert report["bfp12"] == {"k": n_values * 4.5 / 8, "v": n_values * 4.5 / 8}
     assert report["f16"] == {"k": n_values * 2, "v": n_values * 2}
+    exact = inspect(files / "stock.gguf")["exact_rows"]
+    assert (exact["types"], exact["tail"], exact["sinks"]) == (["bfp12"], 128, 4)
+    assert exact["k_bytes"] == exact["v_bytes"] == 3 * 64 * n_values * 2  # the sinks' tile, and a context of 128
 
 
 def test_kinds(files: Path, capsys):

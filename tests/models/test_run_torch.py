@@ -43,6 +43,7 @@ MODELS = {
     "mistral-window": {**CONFIG, "architectures": ["MistralForCausalLM"], "sliding_window": 24},
 }
 FLOAT = dict(k_type="f32", v_type="f32")
+NO_EXACT_ROWS = dict(exact_tail=0, exact_sinks=0)
 CACHES = [FLOAT, dict(k_type="f16", v_type="bf16"), dict(k_type="bfp12"), dict(k_type="bfp16", v_type="bfp12")]
 
 
@@ -99,12 +100,14 @@ def gpu_model(path, device: str, use_graph: bool = True) -> TorchModel:
 
 
 def gpu_context(path, device: str, use_graph: bool = True, n_ctx: int = N_CTX, **types):
-    return gpu_model(path, device, use_graph).start(load_model(path, n_threads=1).cache_options(**types), n_ctx)
+    return gpu_model(path, device, use_graph).start(
+        load_model(path, n_threads=1).cache_options(**types, **NO_EXACT_ROWS), n_ctx
+    )
 
 
 def cpu_logits(path, tokens, **types):
     loaded = load_model(path, n_threads=2)
-    return loaded.backend.start(loaded.cache_options(**types), N_CTX).forward(tokens, len(tokens))
+    return loaded.backend.start(loaded.cache_options(**types, **NO_EXACT_ROWS), N_CTX).forward(tokens, len(tokens))
 
 
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -193,7 +196,7 @@ def test_perplexity_and_divergence_equal_the_cpus(folded, device, tokens):
     text = tokens * 4
     for runner in (loaded.backend, model):
         exact, packed = (
-            protocol.forward_of(runner.start(loaded.cache_options(**types), 400))
+            protocol.forward_of(runner.start(loaded.cache_options(**types, **NO_EXACT_ROWS), 400))
             for types in (FLOAT, dict(k_type="bfp12", v_type="bfp12"))
         )
         with Comparison(text, 400, N_VOCAB, bos_id=None) as comparison:
@@ -206,7 +209,7 @@ def test_cache_bytes_are_the_cpus(folded, device, tokens):
     """Catches bytes of the whole context, or of one layer, reported as those in use."""
     loaded = load_model(folded, n_threads=1)
     for types in CACHES:
-        options = loaded.cache_options(**types)
+        options = loaded.cache_options(**types, **NO_EXACT_ROWS)
         on_cpu, on_gpu = (m.start(options, N_CTX) for m in (loaded.backend, gpu_model(folded, device)))
         for context in (on_cpu, on_gpu):
             context.forward(tokens[:100])
@@ -218,7 +221,7 @@ def test_cache_bytes_are_the_cpus(folded, device, tokens):
 def test_what_kernels_find_is_reported(folded, device, tokens, n_tokens):
     """Catches a status that stays on the device, that is reported again later, or failed tokens that count."""
     model = gpu_model(folded, device)
-    context = model.start(load_model(folded, n_threads=1).cache_options(k_type="bfp12"), N_CTX)
+    context = model.start(load_model(folded, n_threads=1).cache_options(k_type="bfp12", **NO_EXACT_ROWS), N_CTX)
     context.forward(tokens[:10])
     norm = model._blocks[1].attention_norm
     kept = norm.clone()

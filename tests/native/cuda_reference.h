@@ -134,27 +134,55 @@ void rotate(std::vector<T> &x) {
     }
 }
 
-/* The query that attention multiplies with: RoPE, transform, rounding to BFP16 in blocks of block_size. */
-inline std::vector<float> prepared_query(std::vector<float> q, const steps &steps, uint32_t kv_head, uint32_t position,
-                                         uint32_t block_size) {
-    uint32_t head_dim = (uint32_t)q.size();
+/* A head after RoPE at a position. */
+inline std::vector<float> turned_head(const std::vector<float> &q, const steps &steps, uint32_t kv_head,
+                                      uint32_t position) {
     std::vector<float> x = q;
-    if (steps.rope) {
-        ksort_rope rope = steps.rope->of_head(kv_head, position);
-        for (uint32_t c = 0; c < head_dim; c++)
-            if (rope.sign[c]) {
-                float other = (float)rope.sign[c] * q[rope.partner[c]];
-                float straight = q[c] * rope.cos[rope.frequency[c]], turned = other * rope.sin[rope.frequency[c]];
-                x[c] = straight + turned;
-            }
-    }
-    if (steps.transform) {
-        ksort_transform transform = steps.transform->of_head(kv_head);
-        for (uint32_t c = 0; transform.scale && c < head_dim; c++) x[c] = x[c] / transform.scale[c];
-        if (transform.rotate) rotate(x);
-        std::vector<float> y = x;
-        for (uint32_t i = 0; transform.permutation && i < head_dim; i++) x[i] = y[transform.permutation[i]];
-    }
+    if (!steps.rope) return x;
+    ksort_rope rope = steps.rope->of_head(kv_head, position);
+    for (uint32_t c = 0; c < x.size(); c++)
+        if (rope.sign[c]) {
+            float other = (float)rope.sign[c] * q[rope.partner[c]];
+            float straight = q[c] * rope.cos[rope.frequency[c]], turned = other * rope.sin[rope.frequency[c]];
+            x[c] = straight + turned;
+        }
+    return x;
+}
+
+inline void rotate_and_permute(const ksort_transform &transform, std::vector<float> &x) {
+    if (transform.rotate) rotate(x);
+    std::vector<float> y = x;
+    for (uint32_t i = 0; transform.permutation && i < x.size(); i++) x[i] = y[transform.permutation[i]];
+}
+
+/* A key or value as it is before rounding: RoPE, transform. */
+inline std::vector<float> transformed_head(const std::vector<float> &head, const steps &steps, uint32_t kv_head,
+                                           uint32_t position) {
+    std::vector<float> x = turned_head(head, steps, kv_head, position);
+    if (!steps.transform) return x;
+    ksort_transform transform = steps.transform->of_head(kv_head);
+    for (uint32_t c = 0; transform.shift && c < x.size(); c++) x[c] = x[c] - transform.shift[c];
+    for (uint32_t c = 0; transform.scale && c < x.size(); c++) x[c] = x[c] * transform.scale[c];
+    rotate_and_permute(transform, x);
+    return x;
+}
+
+/* The query that exact rows are multiplied with: RoPE, transform. */
+inline std::vector<float> exact_query(const std::vector<float> &q, const steps &steps, uint32_t kv_head,
+                                      uint32_t position) {
+    std::vector<float> x = turned_head(q, steps, kv_head, position);
+    if (!steps.transform) return x;
+    ksort_transform transform = steps.transform->of_head(kv_head);
+    for (uint32_t c = 0; transform.scale && c < x.size(); c++) x[c] = x[c] / transform.scale[c];
+    rotate_and_permute(transform, x);
+    return x;
+}
+
+/* The query that attention multiplies with: the same rounded to BFP16 in blocks of block_size. */
+inline std::vector<float> prepared_query(const std::vector<float> &q, const steps &steps, uint32_t kv_head,
+                                         uint32_t position, uint32_t block_size) {
+    uint32_t head_dim = (uint32_t)q.size();
+    std::vector<float> x = exact_query(q, steps, kv_head, position);
     ksort_cache cache = {sizeof cache, {sizeof cache.format, KSORT_BFP16, head_dim, block_size}};
     CHECK_OK(ksort_tile_bytes(&cache.format, &cache.tile_stride));
     cache.head_stride = cache.tile_stride, cache.n_slots = KSORT_TILE_TOKENS, cache.n_kv_heads = 1;
@@ -172,17 +200,18 @@ struct expected_row {
     std::vector<double> out, bound, coarse;
 };
 
-/* A row over slots begin .. end-1 of k and v [slots, head_dim]. The bound is attend_bound of tests/native_support.py,
+/* A row over slots begin .. end-1 of k and v [slots, head_dim]; query_of(slot) is what multiplies its key. The bound is attend_bound of tests/native_support.py,
  * where it is derived. coarseness: relative error of weights that are rounded to fewer bits than float32's. */
-inline expected_row attend_in_double(const std::vector<float> &q, const std::vector<float> &k,
-                                     const std::vector<float> &v, uint32_t begin, uint32_t end, float scale,
-                                     double coarseness = 0) {
+template <typename QUERY_OF>
+expected_row attend_in_double(QUERY_OF query_of, const std::vector<float> &k, const std::vector<float> &v,
+                              uint32_t begin, uint32_t end, float scale, double coarseness = 0) {
     const double u = 0x1p-24, exp_error = 0x1p-23;
-    size_t d = q.size(), n_seen = end - begin;
+    size_t d = query_of(begin).size(), n_seen = end - begin;
     std::vector<double> scores(n_seen);
     double largest_score = 0, largest_value = 0, max = -INFINITY, sum = 0;
     for (size_t t = 0; t < n_seen; t++) {
         double magnitude = 0;
+        const std::vector<float> &q = query_of(begin + t);
         for (size_t c = 0; c < d; c++) {
             double product = (double)q[c] * k[(begin + t) * d + c];
             scores[t] += product * scale, magnitude += std::fabs(product * scale);

@@ -5,6 +5,7 @@
 
 #include "cuda_reference.h"
 
+inline bool is_bfp(uint32_t type) { return type >= KSORT_BFP16; }
 inline bool is_scaled(uint32_t type) { return type == KSORT_SBFP12 || type == KSORT_SBFP11; }
 
 /* Keys or values, or both, become SBFP. */

@@ -22,6 +22,7 @@ struct calls {
     ksort_cuda_tokens tokens = {sizeof tokens, integers, integers, 3, 4, 1000, static_cast<int32_t *>(memory)};
     ksort_cuda_cache k = {sizeof k, {sizeof k.format, KSORT_BFP12, 64, 32}, memory, 0, 0, 0, integers, 5, 2, 3, 2};
     ksort_cuda_cache v = k;
+    ksort_cuda_exact exact = {sizeof exact, memory, 49152, 16384, 8192, 2, 64, 4, integers};
     ksort_rope rope = {sizeof rope, 32, shorts, static_cast<const int8_t *>(memory), shorts, floats, floats};
     ksort_transform transform = {sizeof transform, 1, floats, floats, floats, shorts};
     ksort_cuda_pack_args pack = {sizeof pack, &tokens, &k, &v, memory, memory, 128, 512, KSORT_F16, &rope};
@@ -68,7 +69,8 @@ void check_shorter_structs() {
     CHECK_OK(sizing_status([](calls &c) { c.attend.struct_size = offsetof(ksort_cuda_attend_args, rope), c.rope = {}; }));
     CHECK_OK(sizing_status([](calls &c) { c.transform.struct_size = offsetof(ksort_transform, permutation); }));
     both([](calls &c) { c.pack.struct_size = c.attend.struct_size = 64; }, KSORT_ERR_STRUCT_SIZE);
-    both([](calls &c) { c.k.struct_size -= 8; }, KSORT_ERR_STRUCT_SIZE);
+    both([](calls &c) { c.k.struct_size -= 16; }, KSORT_ERR_STRUCT_SIZE);
+    CHECK_OK(sizing_status([](calls &c) { c.k.struct_size = offsetof(ksort_cuda_cache, exact), c.k.exact = &c.exact; }));
     both([](calls &c) { c.tokens.struct_size -= 8; }, KSORT_ERR_STRUCT_SIZE);
     both([](calls &c) { c.rope.struct_size -= 8; }, KSORT_ERR_STRUCT_SIZE);
 }
@@ -144,6 +146,49 @@ void check_shared_memory() {
     both([](calls &c) { c.rope.sin = nullptr; }, KSORT_ERR_ARGUMENT);
 }
 
+/* Valid exact rows beside keys and values, and a change of them. */
+template <typename F>
+void both_with_exact(F change, ksort_status expected) {
+    both(
+        [=](calls &c) {
+            c.k.exact = c.v.exact = &c.exact;
+            change(c);
+        },
+        expected);
+}
+
+void check_exact() {
+    CHECK_OK(sizing_status([](calls &c) { c.k.exact = c.v.exact = &c.exact; }));
+    both_with_exact([](calls &c) { c.exact.struct_size -= 8; }, KSORT_ERR_STRUCT_SIZE);
+    both_with_exact([](calls &c) { c.exact.base = nullptr; }, KSORT_ERR_ARGUMENT);
+    both_with_exact([](calls &c) { c.exact.begin = nullptr; }, KSORT_ERR_ARGUMENT);
+    both_with_exact([](calls &c) { c.exact.base = static_cast<uint8_t *>(c.memory) + 32; }, KSORT_ERR_ALIGNMENT);
+    both_with_exact([](calls &c) { c.exact.tile_stride += 32; }, KSORT_ERR_ALIGNMENT);
+    both_with_exact([](calls &c) { c.exact.head_stride -= 64; }, KSORT_ERR_ARGUMENT); /* overlapping */
+    both_with_exact([](calls &c) { c.exact.context_stride -= 64; }, KSORT_ERR_ARGUMENT);
+    both_with_exact([](calls &c) { c.exact.n_tiles = 3; }, KSORT_ERR_ARGUMENT);
+    both_with_exact([](calls &c) { c.exact.n_sinks = KSORT_TILE_TOKENS + 1; }, KSORT_ERR_ARGUMENT);
+    both_with_exact([](calls &c) { c.v.format.type = KSORT_F16, spread(&c.v); }, KSORT_ERR_TYPE);
+    const auto attend_with = [](auto change) {
+        return attend_status([=](calls &c) {
+            c.k.exact = c.v.exact = &c.exact;
+            change(c);
+        });
+    };
+    CHECK(attend_with([](calls &c) { c.k.exact = nullptr; }) == KSORT_ERR_ARGUMENT);
+    CHECK(attend_with([](calls &c) { c.v.exact = nullptr; }) == KSORT_ERR_ARGUMENT);
+    CHECK(attend_with([](calls &c) { c.exact.n_tail = 126; }) == KSORT_ERR_ARGUMENT); /* the ring is too short */
+    const auto with_f16 = [](calls &c) {
+        c.k.exact = &c.exact, c.attend.v_transform = nullptr;
+        c.v.format.type = KSORT_F16, spread(&c.v);
+    };
+    CHECK_OK(sizing_status(with_f16));
+    CHECK(attend_status([=](calls &c) {
+              with_f16(c);
+              c.v.format.type = KSORT_BF16;
+          }) == KSORT_ERR_TYPE);
+}
+
 void check_pack_arguments() {
     CHECK(ksort_cuda_pack(nullptr, nullptr) == KSORT_ERR_ARGUMENT);
     CHECK(pack_status([](calls &c) { c.pack.k = c.pack.v = nullptr; }) == KSORT_ERR_ARGUMENT);
@@ -189,6 +234,7 @@ void check_arguments() {
     check_longer_structs();
     check_shared_arguments();
     check_shared_memory();
+    check_exact();
     check_pack_arguments();
     check_attend_arguments();
 }

@@ -1,16 +1,10 @@
 /* Compares libksort_cuda with libksort through their public ABIs: packed bytes are equal, attention is within the bound
  * of double, every status is told, a captured step stays right while lengths grow.
  * usage: cuda_test [SEED] [PROBLEMS]     exit status 77: no CUDA device */
-#include "cuda_scaled.h"
+#include "cuda_exact.h"
 
 /* Of the bound, which adds up worst cases (tests/native_support.py): held to this share of it, small mistakes show. */
 static const double SHARE = 0.05;
-
-/* The most slots that a row of a prompt may see to have its weights in 22 bits also where outputs have 16
- * (ksort_cuda.h). Rows that see more have weights of 11 bits: their errors are held to the whole bound, and but for the
- * most that such weights may add to SHARE of it. */
-static const uint32_t SHORT_SLOTS = 512;
-static const double COARSENESS = 0x1p-11;
 
 static uint32_t n_failures = 0;
 
@@ -58,7 +52,8 @@ static void fill_nasty(rng *r, std::vector<float> &head, bool with_faults) {
         head[rng_between(r, 0, (uint32_t)head.size() - 1)] = coin(r) ? NAN : INFINITY;
 }
 
-/* One random problem of ksort_cuda_pack: all bytes of both caches, stale ones too, are those of ksort_pack. */
+/* One random problem of ksort_cuda_pack: all bytes of both caches, stale ones too, are those of ksort_pack, and those of
+ * exact rows beside them what FORMAT.md says. */
 static void compare_pack(rng *r, uint32_t index, uint32_t most_tokens) {
     shape p = random_shape(r, index, most_tokens);
     if (coin(r)) set_scaled_types(r, &p);
@@ -66,7 +61,7 @@ static void compare_pack(rng *r, uint32_t index, uint32_t most_tokens) {
     rope_tables rope(r, p, p.capacity());
     transform_tables k_tables(r, p), v_tables(r, p);
     steps k_steps = {coin(r) ? &rope : nullptr, coin(r) ? &k_tables : nullptr};
-    steps v_steps = {nullptr, p.v.type >= KSORT_BFP16 && coin(r) ? &v_tables : nullptr};
+    steps v_steps = {nullptr, is_bfp(p.v.type) && coin(r) ? &v_tables : nullptr};
     row_strides strides(r, p, (size_t)p.n_kv_heads * p.head_dim);
     token_rows k_x(p, strides), v_x(p, strides);
     bool with_faults = rng_between(r, 0, 3) == 0;
@@ -74,10 +69,18 @@ static void compare_pack(rng *r, uint32_t index, uint32_t most_tokens) {
     fill_rows(&v_x, p, p.n_kv_heads, [&](std::vector<float> &head) { fill_nasty(r, head, with_faults); });
     k.fill_any(r), v.fill_any(r);
     k.upload(), v.upload(), k_x.upload(), v_x.upload();
+    exact_sizes sizes(r, p);
+    exact_rows k_exact(r, p, sizes), v_exact(r, p, sizes);
+    k_exact.upload(), v_exact.upload();
+    if (coin(r)) k.cache.exact = &k_exact.exact;
+    if (is_bfp(p.v.type) && coin(r)) v.cache.exact = &v_exact.exact;
 
     bool has_k = rng_between(r, 0, 5) > 0, has_v = !has_k || rng_between(r, 0, 5) > 0;
     int32_t k_status = has_k ? pack_all_on_cpu(k, p, k_steps, k_x) : KSORT_OK;
     int32_t v_status = has_v ? pack_all_on_cpu(v, p, v_steps, v_x) : KSORT_OK;
+    int32_t status = std::max(k_status, v_status);
+    if (has_k && k.cache.exact) status = std::max(status, pack_exact_on_cpu(&k_exact, sizes, p, k_steps, k_x));
+    if (has_v && v.cache.exact) status = std::max(status, pack_exact_on_cpu(&v_exact, sizes, p, v_steps, v_x));
     device_tokens tokens(p);
     if (all_are_new(p)) tokens.tokens.n_new = nullptr;
     ksort_cuda_pack_args args = {sizeof args, &tokens.tokens};
@@ -88,28 +91,12 @@ static void compare_pack(rng *r, uint32_t index, uint32_t most_tokens) {
     args.k_x = k_x.device.data, args.v_x = v_x.device.data;
     args.token_stride = strides.token, args.context_stride = strides.context, args.x_type = p.x_type;
     CHECK_OK(ksort_cuda_pack(&args, nullptr));
-    expect(tokens.read_status() == std::max(k_status, v_status), "pack: status", index, p);
+    expect(tokens.read_status() == status, "pack: status", index, p);
+    expect(k_exact.device_has_same_bytes(), "pack: exact rows of keys", index, p);
+    expect(v_exact.device_has_same_bytes(), "pack: exact rows of values", index, p);
     expect(k.device_has_same_bytes(), "pack: bytes of keys", index, p);
     expect(v.device_has_same_bytes(), "pack: bytes of values", index, p);
 }
-
-/* What a comparison of attention needs beside its shape. */
-struct attend_problem {
-    const shape &p;
-    const paged_cache &k, &v;
-    steps k_steps, v_steps;
-    const token_rows &q, &out;
-    uint32_t window;
-    float scale;
-};
-
-/* Slots begin .. end-1 that token t of context s sees. */
-struct seen_slots {
-    seen_slots(const attend_problem &a, uint32_t s, uint32_t t)
-        : end((uint32_t)a.p.n_cached[s] + t + 1), begin(a.window && end > a.window ? end - a.window : 0) {}
-
-    uint32_t end, begin;
-};
 
 /* The largest errors of compared rows, over their bounds. */
 struct error_shares {
@@ -121,10 +108,6 @@ struct error_shares {
     }
 };
 
-static bool has_coarse_weights(const attend_problem &a, const seen_slots &seen) {
-    return a.p.n_tokens > 1 && a.p.x_type != KSORT_F32 && seen.end - seen.begin > SHORT_SLOTS;
-}
-
 /* Row (s, t, head) against double: the largest errors, but for that of storing the output, over their bounds. */
 static error_shares shares_of_row(const attend_problem &a, uint32_t s, uint32_t t, uint32_t head,
                                   const std::vector<float> &k, const std::vector<float> &v) {
@@ -132,9 +115,7 @@ static error_shares shares_of_row(const attend_problem &a, uint32_t s, uint32_t 
     seen_slots seen(a, s, t);
     bool is_coarse = has_coarse_weights(a, seen);
     uint32_t kv_head = head / (p.n_heads / p.n_kv_heads);
-    std::vector<float> q =
-        prepared_query(a.q.head(s, t, head, p.head_dim), a.k_steps, kv_head, seen.end - 1, p.k.block_size);
-    expected_row expected = attend_in_double(q, k, v, seen.begin, seen.end, a.scale, is_coarse ? COARSENESS : 0);
+    expected_row expected = expected_of(a, s, t, head, k, v);
     if (a.v_steps.transform) restore(a.v_steps.transform->of_head(kv_head), &expected);
     std::vector<float> out = a.out.head(s, t, head, p.head_dim);
     error_shares shares;
@@ -184,14 +165,23 @@ static void cross_short_slots(rng *r, shape *p) {
 static error_shares compare_attend(rng *r, uint32_t index, uint32_t most_tokens) {
     shape p = random_shape(r, index, most_tokens);
     if (coin(r)) set_scaled_types(r, &p);
+    bool has_exact = p.v.type != KSORT_BF16 && coin(r);
     if (most_tokens > 1 && coin(r)) cross_short_slots(r, &p);
     paged_cache k(r, p, p.k), v(r, p, p.v);
     rope_tables rope(r, p, p.capacity());
     transform_tables k_tables(r, p), v_tables(r, p);
     steps k_steps = {coin(r) ? &rope : nullptr, coin(r) ? &k_tables : nullptr};
-    steps v_steps = {nullptr, p.v.type >= KSORT_BFP16 && coin(r) ? &v_tables : nullptr};
+    steps v_steps = {nullptr, is_bfp(p.v.type) && coin(r) ? &v_tables : nullptr};
     k.fill_ones(), v.fill_ones();
     fill_keys(r, k, p, k_steps), fill_values(r, v, p, v_steps);
+    exact_sizes sizes(r, p);
+    exact_rows k_exact(r, p, sizes), v_exact(r, p, sizes);
+    if (has_exact) {
+        k_exact.fill(r, p, 1.0f), v_exact.fill(r, p, coin(r) ? 1.0f : 100.0f);
+        k_exact.upload(), v_exact.upload();
+        k.cache.exact = &k_exact.exact;
+        if (is_bfp(p.v.type)) v.cache.exact = &v_exact.exact;
+    }
     row_strides q_strides(r, p, (size_t)p.n_heads * p.head_dim), out_strides(r, p, (size_t)p.n_heads * p.head_dim);
     token_rows q(p, q_strides), out(p, out_strides);
     fill_rows(&q, p, p.n_heads, [&](std::vector<float> &head) {
@@ -221,7 +211,8 @@ static error_shares compare_attend(rng *r, uint32_t index, uint32_t most_tokens)
     out.download();
     expect(out.others_are_untouched(p), "attend: only rows that count are written", index, p);
     expect(all_are_finite(out, p), "attend: all rows that count are written, and finite", index, p);
-    error_shares shares = compare_rows(r, {p, k, v, k_steps, v_steps, q, out, args.window, args.scale});
+    error_shares shares = compare_rows(r, {p, k, v, k_steps, v_steps, q, out, args.window, args.scale,
+                                           has_exact ? &sizes : nullptr, k_exact, v_exact});
     bool within = shares.fine <= SHARE && shares.whole <= 1;
     if (!within)
         fprintf(stderr, "%.4f of the bound, %.4f with weights of 11 bits, window %u, max_slots %u\n", shares.fine,

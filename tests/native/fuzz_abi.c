@@ -11,11 +11,12 @@
 
 typedef unsigned __int128 wide;
 
-enum { CACHE_BYTES = 1 << 16, N_FLOATS = 1 << 13, N_TABLE = 1 << 10, WORKSPACE_BYTES = 1 << 21 };
+enum { CACHE_BYTES = 1 << 16, EXACT_BYTES = 1 << 17, N_FLOATS = 1 << 13, N_TABLE = 1 << 10, WORKSPACE_BYTES = 1 << 21 };
 enum { N_FEEDBACK = 3 * 80 * 80 }; /* of the most heads and the largest head_dim that are not mutated */
 
 /* Memory that the calls may touch, and copies of what a refused call must leave as it was. */
 static _Alignas(64) unsigned char k_memory[CACHE_BYTES + 64], v_memory[CACHE_BYTES + 64], before[CACHE_BYTES + 64];
+static _Alignas(64) unsigned char k_rows[EXACT_BYTES + 64], v_rows[EXACT_BYTES + 64], rows_before[EXACT_BYTES + 64];
 static _Alignas(64) unsigned char workspace[WORKSPACE_BYTES + 64];
 static float x[N_FLOATS], out[N_FLOATS], out_before[N_FLOATS];
 static uint16_t partner[N_TABLE], frequency[N_TABLE];
@@ -26,7 +27,7 @@ static float shift[N_TABLE], scale[N_TABLE], feedback[N_FEEDBACK];
 /* Structs as the calls see them: their sizes are mutated too, and a struct may be followed by bytes that the library does
  * not know. It reads none beyond ROOM_BYTES. */
 enum { ROOM_BYTES = 4096 };
-enum { ROOM_ARGS, ROOM_K, ROOM_V, ROOM_ROPE, ROOM_K_TRANSFORM, ROOM_V_TRANSFORM, N_ROOMS };
+enum { ROOM_ARGS, ROOM_K, ROOM_V, ROOM_K_EXACT, ROOM_V_EXACT, ROOM_ROPE, ROOM_K_TRANSFORM, ROOM_V_TRANSFORM, N_ROOMS };
 static _Alignas(64) unsigned char rooms[N_ROOMS][ROOM_BYTES];
 
 /* The input, read from the front; zeros once it is used up. */
@@ -76,8 +77,24 @@ static ksort_cache random_cache(input *in, ksort_format format, void *memory, ui
     size_t tile_bytes = 64;
     if (ksort_tile_bytes(&format, &tile_bytes) != KSORT_OK) tile_bytes = 64;
     ksort_cache c = {mutated(in, sizeof c), format, mutated_pointer(in, memory), mutated(in, n_kv_heads * tile_bytes),
-                     mutated(in, tile_bytes), mutated(in, 128), (uint32_t)mutated(in, n_kv_heads)};
+                     mutated(in, tile_bytes), mutated(in, 128), (uint32_t)mutated(in, n_kv_heads), NULL};
     return c;
+}
+
+/* In two of three caches; cuts are alike in k and v, but for mutations. */
+static void add_exact(input *in, ksort_cache *c, void *memory, ksort_exact *exact, int room) {
+    size_t tile_bytes = (size_t)KSORT_TILE_TOKENS * 2 * c->format.head_dim;
+    *exact = (ksort_exact){mutated(in, sizeof *exact), mutated_pointer(in, memory), mutated(in, c->n_kv_heads * tile_bytes),
+                           mutated(in, tile_bytes), (uint32_t)mutated(in, 3), (uint32_t)mutated(in, 50),
+                           (uint32_t)mutated(in, 6), mutated(in, 20)};
+    void *given = in_room(in, room, exact, sizeof *exact);
+    c->exact = next_byte(in) % 3 ? given : NULL;
+}
+
+/* Whether tiles 0 .. n_tiles of accepted exact rows are in our buffers. */
+static int exact_fits(const ksort_cache *c, const ksort_exact *exact) {
+    wide heads = c->n_kv_heads ? c->n_kv_heads - 1u : 0, tile_bytes = (wide)KSORT_TILE_TOKENS * 2 * c->format.head_dim;
+    return !c->exact || (wide)exact->n_tiles * exact->tile_stride + heads * exact->head_stride + tile_bytes <= EXACT_BYTES;
 }
 
 /* Bytes behind base that slots 0 .. last_slot of the cache may take; all of them if the format is not valid. */
@@ -137,20 +154,25 @@ static ksort_transform random_transform(input *in, rng *r, uint32_t head_dim) {
     return transform;
 }
 
-static void fuzz_pack(input *in, const ksort_cache *c, const ksort_rope *rope, const ksort_transform *transform) {
+static void fuzz_pack(input *in, const ksort_cache *c, const ksort_exact *exact, const ksort_rope *rope,
+                      const ksort_transform *transform) {
     uint32_t row = c->n_kv_heads * c->format.head_dim;
     const ksort_cache *cache = in_room(in, ROOM_K, c, sizeof *c);
     ksort_pack_args args = {mutated(in, sizeof args), cache, mutated_pointer(in, x), mutated(in, row),
                             mutated(in, next_byte(in) % 120), (uint32_t)mutated(in, 1 + next_byte(in) % 8),
                             in_room(in, ROOM_ROPE, rope, sizeof *rope),
                             in_room(in, ROOM_K_TRANSFORM, transform, sizeof *transform)};
-    if (!transform_fits(transform, c) || !cache_fits(c, args.first_slot, args.n_tokens) ||
+    if (!transform_fits(transform, c) || !exact_fits(c, exact) || !cache_fits(c, args.first_slot, args.n_tokens) ||
         !rope_fits(rope, c, args.n_tokens) ||
         !rows_fit(args.n_tokens, args.x_token_stride, (wide)c->n_kv_heads * c->format.head_dim, N_FLOATS - 1))
         return;
     memcpy(before, k_memory, sizeof before);
     uint32_t nth = 1 + next_byte(in) % 3, ith = (uint32_t)mutated(in, 0);
-    if (ksort_pack(in_room(in, ROOM_ARGS, &args, sizeof args), ith, nth) != KSORT_OK) CHECK(memcmp(before, k_memory, sizeof before) == 0);
+    memcpy(rows_before, k_rows, sizeof rows_before);
+    if (ksort_pack(in_room(in, ROOM_ARGS, &args, sizeof args), ith, nth) != KSORT_OK) {
+        CHECK(memcmp(before, k_memory, sizeof before) == 0);
+        CHECK(memcmp(rows_before, k_rows, sizeof rows_before) == 0);
+    }
     memcpy(before, k_memory, sizeof before);
     if ((wide)args.n_tokens * c->n_kv_heads * c->format.head_dim <= N_FLOATS)
         ksort_unpack(cache, args.first_slot, args.n_tokens, out);
@@ -240,7 +262,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     if (next_byte(&in) > 250) x[next_byte(&in)] = next_byte(&in) & 1 ? NAN : INFINITY;
     for (size_t i = 0; i < CACHE_BYTES; i++) k_memory[i] = v_memory[i] = (unsigned char)(i * 7 + size);
     uint32_t n_kv_heads = 1u + next_byte(&in) % 3u;
-    ksort_format k_format = random_fuzz_format(&in, 7), v_format = random_fuzz_format(&in, 7);
+    ksort_format k_format = random_fuzz_format(&in, 9), v_format = random_fuzz_format(&in, 9);
     v_format.head_dim = (uint32_t)mutated(&in, k_format.head_dim);
     ksort_cache k = random_cache(&in, k_format, k_memory, n_kv_heads);
     ksort_cache v = random_cache(&in, v_format, v_memory, n_kv_heads);
@@ -248,8 +270,12 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     const ksort_rope *rope_or_null = next_byte(&in) & 1 ? &rope : NULL;
     ksort_transform transform = random_transform(&in, &r, k.format.head_dim);
     uint8_t uses = next_byte(&in);
-    fuzz_pack(&in, &k, rope_or_null, uses & 1 ? &transform : NULL);
-    fuzz_attend(&in, &k, &v, rope_or_null, uses & 2 ? &transform : NULL, uses & 4 ? &transform : NULL);
+    ksort_exact k_exact, v_exact;
+    add_exact(&in, &k, k_rows, &k_exact, ROOM_K_EXACT);
+    add_exact(&in, &v, v_rows, &v_exact, ROOM_V_EXACT);
+    fuzz_pack(&in, &k, &k_exact, rope_or_null, uses & 1 ? &transform : NULL);
+    if (exact_fits(&k, &k_exact) && exact_fits(&v, &v_exact))
+        fuzz_attend(&in, &k, &v, rope_or_null, uses & 2 ? &transform : NULL, uses & 4 ? &transform : NULL);
     fuzz_linear(&in);
     fuzz_rows(&in);
     return 0;

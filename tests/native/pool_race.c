@@ -23,7 +23,7 @@ typedef struct layer {
 } layer;
 
 static ksort_cache new_cache(uint32_t type) {
-    ksort_cache cache = {sizeof cache, {sizeof cache.format, type, HEAD_DIM, 32}, NULL, 0, 0, N_SLOTS, N_KV_HEADS};
+    ksort_cache cache = {sizeof cache, {sizeof cache.format, type, HEAD_DIM, 32}, NULL, 0, 0, N_SLOTS, N_KV_HEADS, NULL};
     CHECK_OK(ksort_tile_bytes(&cache.format, &cache.head_stride));
     cache.tile_stride = N_KV_HEADS * cache.head_stride;
     cache.base = aligned_alloc(KSORT_ALIGNMENT, N_SLOTS / KSORT_TILE_TOKENS * cache.tile_stride);

@@ -148,8 +148,39 @@ static inline guarded new_cache(ksort_cache *cache, ksort_format format, const p
     guarded g = guarded_new(n_tiles * p->n_kv_heads * tile_bytes, p->at_end);
     memset(g.data, 0xFF, n_tiles * p->n_kv_heads * tile_bytes);
     *cache = (ksort_cache){sizeof *cache, format,       g.data, p->n_kv_heads * tile_bytes,
-                           tile_bytes,    p->n_slots, p->n_kv_heads};
+                           tile_bytes,    p->n_slots, p->n_kv_heads, NULL};
     return g;
+}
+
+/* Exact rows beside caches of p's geometry: cuts that k and v share, and room for any tail of its queries. */
+static inline ksort_exact random_exact(rng *r, const problem *p) {
+    ksort_exact exact = {.struct_size = sizeof exact};
+    exact.n_sinks = rng_next(r) >> 63 ? rng_between(r, 0, 5) : rng_between(r, 0, KSORT_TILE_TOKENS);
+    exact.n_tail = rng_next(r) >> 62 ? rng_between(r, 1, 200) : 0;
+    size_t rows = exact.n_tail ? exact.n_tail + p->n_queries - 1 : 0;
+    if (rows > p->n_slots) rows = p->n_slots;
+    exact.n_tiles = (uint32_t)((rows + KSORT_TILE_TOKENS - 1) / KSORT_TILE_TOKENS) + rng_between(r, 0, 1);
+    size_t tile_bytes = KSORT_TILE_TOKENS * p->head_dim * 2;
+    exact.head_stride = tile_bytes, exact.tile_stride = p->n_kv_heads * tile_bytes;
+    return exact;
+}
+
+static inline size_t exact_bytes(const ksort_exact *exact) { return (exact->n_tiles + 1) * exact->tile_stride; }
+
+/* Memory of exact's own beside the cache, filled with 0xFF: NaN, were it read. */
+static inline guarded add_exact(ksort_cache *cache, ksort_exact *exact, const problem *p) {
+    guarded g = guarded_new(exact_bytes(exact), p->at_end);
+    memset(g.data, 0xFF, exact_bytes(exact));
+    exact->base = g.data;
+    cache->exact = exact;
+    return g;
+}
+
+/* What the caller does before n tokens are packed from first_slot on. */
+static inline void keep_begin(ksort_exact *exact, size_t first_slot, size_t n) {
+    size_t end = first_slot + n, rows = (size_t)exact->n_tiles * KSORT_TILE_TOKENS;
+    if (first_slot < exact->begin) exact->begin = first_slot;
+    if (end > rows && end - rows > exact->begin) exact->begin = end - rows;
 }
 
 #endif /* KSORT_TEST_PROBLEMS_H */

@@ -42,6 +42,8 @@ static _Alignas(64) unsigned char workspace[1 << 20];
 static float x[ROW], out[ROW], cosines[HEAD_DIM / 2], sines[HEAD_DIM / 2];
 static uint16_t partner[ROW], frequency[ROW], permutation[ROW];
 static int8_t sign[ROW];
+static _Alignas(64) unsigned char exact_rows[2 * N_KV_HEADS * 64 * HEAD_DIM * 2]; /* the sinks' tile and a ring of one */
+static ksort_exact exact;
 static ksort_cache k, v;
 static ksort_rope rope = {sizeof rope, HEAD_DIM / 2, partner, sign, frequency, cosines, sines};
 static ksort_transform transform = {.struct_size = sizeof transform, .rotate = 1, .permutation = permutation};
@@ -49,7 +51,7 @@ static ksort_pack_args pack_args;
 static ksort_attend_args attend_args;
 
 static ksort_cache new_cache(void *base) {
-    ksort_cache cache = {sizeof cache, {sizeof cache.format, KSORT_BFP12, HEAD_DIM, 16}, base, 0, 0, N_SLOTS, N_KV_HEADS};
+    ksort_cache cache = {sizeof cache, {sizeof cache.format, KSORT_BFP12, HEAD_DIM, 16}, base, 0, 0, N_SLOTS, N_KV_HEADS, NULL};
     CHECK_OK(ksort_tile_bytes(&cache.format, &cache.head_stride));
     cache.tile_stride = N_KV_HEADS * cache.head_stride;
     CHECK(cache.tile_stride <= sizeof k_tiles);
@@ -67,6 +69,12 @@ static ksort_status pack_cache(const void *given) {
     ksort_pack_args args = pack_args;
     args.cache = given;
     return ksort_pack(&args, 0, 1);
+}
+
+static ksort_status pack_exact(const void *given) {
+    ksort_cache cache = k;
+    cache.exact = given;
+    return pack_cache(&cache);
 }
 
 static ksort_status pack_rope(const void *given) {
@@ -121,12 +129,15 @@ int main(void) {
     fill_rope_tables(partner, sign, frequency, N_KV_HEADS, HEAD_DIM, HEAD_DIM);
     for (int i = 0; i < ROW; i++) permutation[i] = (uint16_t)((i + 5) % HEAD_DIM);
     k = new_cache(k_tiles), v = new_cache(v_tiles);
+    exact = (ksort_exact){sizeof exact, exact_rows, sizeof exact_rows / 2, sizeof exact_rows / 2 / N_KV_HEADS, 1, 9, 4, 0};
+    k.exact = &exact;
     ksort_pack_args pack_v = {sizeof pack_v, &v, x, ROW, 0, 1, NULL, NULL};
     CHECK_OK(ksort_pack(&pack_v, 0, 1));
     pack_args = (ksort_pack_args){sizeof pack_args, &k, x, ROW, 0, 1, &rope, &transform};
     check_sizes(pack_with, &pack_args, sizeof pack_args, END_OF(ksort_pack_args, n_tokens));
     check_missing_fields();
     check_sizes(pack_cache, &k, sizeof k, END_OF(ksort_cache, n_kv_heads));
+    check_sizes(pack_exact, &exact, sizeof exact, END_OF(ksort_exact, begin));
     check_sizes(unpack_cache, &k, sizeof k, END_OF(ksort_cache, n_kv_heads));
     check_sizes(pack_rope, &rope, sizeof rope, END_OF(ksort_rope, sin));
     check_sizes(pack_transform, &transform, sizeof transform, END_OF(ksort_transform, rotate));

@@ -54,7 +54,9 @@ def test_a_plan_row_equals_the_runner_with_that_plan_file(folder, rng):
     path, plan_file = folder / "stock.gguf", folder / "sorted.gguf"
     tokens = rng.integers(0, 300, 64).tolist()
     loaded = load_model(path, plan_file, n_threads=1)
-    expected = loaded.backend.start(loaded.cache_options("bfp12", block_size=16), 64).forward(tokens, n_logits=64)
+    expected = loaded.backend.start(
+        loaded.cache_options("bfp12", block_size=16, exact_tail=0, exact_sinks=0), 64
+    ).forward(tokens, n_logits=64)
     variants = ModelVariants(path, [str(plan_file)], 1)
     runner = Runner(variants, 64)
     plain, _ = runner.prepare(parse_row("bfp12-16", variants.plans))
@@ -88,6 +90,22 @@ def test_tables_and_json(folder, capsys, monkeypatch):
     assert out.count("| q8_0 | 8.50 | 16.00 |") == 2
 
 
+def test_exact_ends_of_rows_and_of_the_command_line(folder, capsys, monkeypatch):
+    """Would catch a row's own ~tail that loses to --tail, a --tail without effect, and exact tokens not counted."""
+    types = "q4_0~tail=0,q4_0,q4_0~tail=64~sink=4,q4_0/q4_0"
+    status, out, err = run(
+        capsys, monkeypatch, "-m", folder / "stock.gguf", "-f", folder / "text.txt", "-c", 64, "--chunks", 2,
+        "--types", types, "--tail", 8, "-t", 1,
+    )  # fmt: skip
+    assert status == 0, err
+    summary = json.loads(out.splitlines()[-1])
+    assert summary["tail"] == 8 and "newest 8 and first 0 tokens in f16" in out
+    none, eight, all_exact, both = (row for row in summary["contexts"][0]["rows"][1:])
+    with_eight = pytest.approx(sum((4.5 * (t - 7) + 16 * 8) / (t + 1) for t in range(32, 64)) / 32)
+    assert none["bits"] == [4.5, 16] and eight["bits"] == [with_eight, 16] and both["bits"] == [with_eight, with_eight]
+    assert all_exact["bits"] == [16, 16] and all_exact["mean_kld"] < 1e-5 < eight["mean_kld"] < none["mean_kld"]
+
+
 def test_default_rows_that_do_not_fit_are_left_out(folder, capsys, monkeypatch):
     """Would catch a default list that fails on heads of 32, which llama.cpp does not rotate."""
     monkeypatch.setattr(compare_caches, "OUR_DEFAULTS", ("bfp12",))
@@ -115,6 +133,12 @@ def test_default_rows_that_do_not_fit_are_left_out(folder, capsys, monkeypatch):
         (["--types", "bfp12@none"], "--plan-file"),
         (["--types", "q4_0@sorted", "--plan-file", "{dir}/sorted.gguf"], "no plan"),
         (["--types", "q4_0+hadamard"], "64"),
+        (["--types", "q4_0~tail=x"], "~tail=x"),
+        (["--types", "q4_0~tail=4~tail=4"], "~tail=4"),
+        (["--types", "q4_0~size=4"], "~size=4"),
+        (["--types", "bf16~tail=4"], "bf16~tail=4"),
+        (["--types", "bfp12", "--sink", "65"], "bfp12"),
+        (["--types", "q4_0", "--tail", "-1"], "--tail -1"),
         (["--types", "q4_0", "-c", "x"], "-c x"),
         (["--types", "q4_0", "-c", "100000"], "100000"),
         (["--types", "q4_0", "--chunks", "0"], "--chunks 0"),

@@ -38,7 +38,9 @@ def run(models, capsys, model="stock.gguf", *more):
 
 def chunk_forward(loaded, **options):
     """The scored logits of a chunk, float64 log-probabilities [rows, n_vocab]."""
-    forward = protocol.forward_of(loaded.backend.start(loaded.cache_options(**options), N_CTX))
+    forward = protocol.forward_of(
+        loaded.backend.start(loaded.cache_options(**options, exact_tail=0, exact_sinks=0), N_CTX)
+    )
     bos_id = loaded.tokenizer.bos_id
     return lambda ids: forward([bos_id, *ids[1:]], N_CTX // 2)[:-1].double().log_softmax(-1)
 

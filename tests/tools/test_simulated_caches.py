@@ -1,7 +1,5 @@
 """Simulated caches: their arithmetic against peers and slow definitions, and what queries may know."""
 
-import functools
-
 import gguf
 import numpy as np
 import pytest
@@ -10,34 +8,9 @@ from simulated_caches import FLOATS, SCHEMES, qaq
 from simulated_caches.attention import attend
 from simulated_caches.gear import Gear
 from simulated_caches.kivi import Kivi
-from simulated_caches.microscaling import nvfp4, nvint4, random_hadamard, round_to_e2m1
-from simulated_caches.scheme import LayerTensors, hadamard, uniform
-
-N, N_HEADS, N_KV_HEADS, HEAD_DIM = 300, 6, 2, 64
-
-
-def turned(x: torch.Tensor) -> torch.Tensor:
-    """Stands for RoPE: each token's channels turn by its position, so that no two tokens are treated alike."""
-    n, head_dim = x.shape[1:]
-    came_from = (torch.arange(head_dim) - torch.arange(n)[:, None]) % head_dim
-    return x.gather(2, came_from.expand_as(x))
-
-
-@functools.cache
-def layer_of(seed: int, n: int = N, head_dim: int = HEAD_DIM) -> LayerTensors:
-    """Random tensors with a few large channels and tokens, as keys have them."""
-    random = torch.Generator().manual_seed(seed)
-    q = torch.randn(N_HEADS, n, head_dim, generator=random)
-    k, v = torch.randn(2, N_KV_HEADS, n, head_dim, generator=random)
-    k *= torch.linspace(0.2, 6, head_dim)
-    k[:, 7] *= 5
-    return LayerTensors(q, turned(k), k, v, turned, head_dim**-0.5)
-
-
-@functools.cache
-def fitted(name: str, side: str):
-    scheme = (SCHEMES | FLOATS)[name]
-    return scheme.fit(layer_of(9), side) if scheme.needs_calibration else scheme
+from simulated_caches.microscaling import nvfp4, nvint4, round_to_e2m1
+from simulated_caches.scheme import LayerTensors, hadamard, random_hadamard, uniform
+from simulated_support import HEAD_DIM, N, fitted, found, layer_of, on_grid, turned, with_window
 
 
 @pytest.mark.parametrize("name", ["q4_0", "q5_0", "q8_0"])
@@ -118,20 +91,22 @@ def test_queries_know_nothing_of_later_tokens(name):
     torch.testing.assert_close(outputs[0], outputs[1], atol=2e-5, rtol=1e-5)
 
 
-def attended(layer, keys, values, window=0) -> torch.Tensor:
+def attended(layer, keys, values, window=0, ends=(0, 0)) -> torch.Tensor:
     n_heads, n, head_dim = layer.q.shape
     out = torch.empty(n, n_heads, head_dim)
-    attend(layer.q, layer, keys.store(layer, "k"), values.store(layer, "v"), window, out)
+    k, v = keys.store(layer, "k").with_exact(*ends), values.store(layer, "v").with_exact(*ends)
+    attend(layer.q, layer, k, v, window, out)
     return out
 
 
+@pytest.mark.parametrize("ends", [(0, 0), (20, 0), (0, 3), (150, 150)], ids=str)  # the tail, the sinks
 @pytest.mark.parametrize("window", [0, 40])
 @pytest.mark.parametrize("name", ["f32", "q4_0", "kivi-2"])
-def test_attention_equals_its_definition(name, window):
+def test_attention_equals_its_definition(name, window, ends):
     """Would catch a wrong mask, window, head group, or token that is read as stored while it is still exact."""
     layer, scheme = layer_of(5), fitted(name, "k")
-    k, v = scheme.store(layer, "k"), scheme.store(layer, "v")
-    out = attended(layer, scheme, scheme, window)
+    k, v = (scheme.store(layer, side).with_exact(*ends) for side in ("k", "v"))
+    out = attended(layer, scheme, scheme, window, ends)
     for t in (0, 1, 130, 131, 255, 256, 299):
         first = max(0, t + 1 - window) if window else 0
         for head in (0, 2, 5):
@@ -140,10 +115,23 @@ def test_attention_equals_its_definition(name, window):
             torch.testing.assert_close(out[t, head], weights @ seen[1], atol=1e-5, rtol=1e-4)
 
 
-def found(stored, exact, head: int, t: int) -> torch.Tensor:
-    """What the query at `t` finds of tokens 0 .. t: [t + 1, head_dim]."""
-    n_decoded = t + 1 if stored.n_decoded is None else int(stored.n_decoded[t])
-    return torch.cat([stored.decoded[head, :n_decoded], exact[head, n_decoded : t + 1].half().float()])
+@pytest.mark.parametrize("name, tail, sink", [("q4_0", 7, 4), ("kivi-4", 200, 0), ("kivi-4", 1, 2)])
+def test_exact_ends_are_the_newest_and_the_first_tokens(name, tail, sink):
+    """Would catch a tail that leaves out the query's own token, shortens the source's own window, or is not counted."""
+    layer = layer_of(5)
+    plain = fitted(name, "k").store(layer, "k")
+    stored = plain.with_exact(tail, sink)
+    token_bits = {"q4_0": 4.5, "kivi-4": 5}[name]
+    bits = []
+    for t in range(N // 2, N):
+        by_source = t + 1 if name == "q4_0" else t // 128 * 128
+        is_stored = [sink <= token < by_source and token <= t - tail for token in range(t + 1)]
+        bits.append(sum(token_bits if is_so else 16 for is_so in is_stored) / (t + 1))
+        if t % 25 == 0:
+            exact = layer.k[0, : t + 1].half().float()
+            expected = torch.where(torch.tensor(is_stored)[:, None], plain.decoded[0, : t + 1], exact)
+            torch.testing.assert_close(found(stored, layer.k, 0, t), expected, atol=0, rtol=0)
+    assert stored.bits == pytest.approx(sum(bits) / len(bits))
 
 
 @pytest.mark.parametrize("side", ["k", "v"])
@@ -162,12 +150,6 @@ def test_kivi_equals_its_decoding_steps(side):
             residual = []
         elif side == "v" and len(residual) == 129:
             packed = torch.cat([packed, on_grid(residual.pop(0).view(2, 32), n_bits).view(1, -1)])
-
-
-def on_grid(groups: torch.Tensor, n_bits: int) -> torch.Tensor:
-    low, high = groups.amin(-1, keepdim=True).half().float(), groups.amax(-1, keepdim=True)
-    scale = ((high - low) / (2**n_bits - 1)).half().float()
-    return ((groups - low) / scale).round().clamp(0, 2**n_bits - 1) * scale + low
 
 
 def test_gear_leaves_less_error_than_its_grid_alone():
@@ -207,12 +189,6 @@ def test_errors_are_those_of_about_four_bits(name):
         assert error < 0.025
 
 
-def with_window(bits: float, n_stored) -> float:
-    """Mean over the later half of queries: query t finds n_stored(t) tokens at `bits`, the others in f16."""
-    found = [(n_stored(t) * bits + (t + 1 - n_stored(t)) * 16) / (t + 1) for t in range(N // 2, N)]
-    return sum(found) / len(found)
-
-
 @pytest.mark.parametrize(
     "name, side, bits",
     [
@@ -235,7 +211,7 @@ def test_bits_of_kvquant_count_outliers_and_the_exact_token():
     layer = layer_of(9)  # the text that it was fitted on
     bits = fitted("kvquant-4", "k").store(layer, "k").bits
     share = 4 / N  # quantiles 0.5% and 99.5% of 300 tokens leave two beyond either
-    assert bits == pytest.approx((4 + 32 * share) * (N - 1) / N + 16 / N, abs=0.01)
+    assert bits == pytest.approx(with_window(4 + 32 * share, lambda t: t), abs=0.01)
 
 
 def test_qaq_gives_bits_to_tokens_that_are_attended_to():

@@ -45,10 +45,11 @@ class SimulatedAttention:
 
     def __init__(
         self, layers: Sequence[LayerPlan], keys: Sequence[Scheme], values: Sequence[Scheme],
-        seen: Callable[[int, LayerTensors], None] = lambda layer, tensors: None,
+        seen: Callable[[int, LayerTensors], None] = lambda layer, tensors: None, tail: int = 0, sink: int = 0,
     ):  # fmt: skip
-        """keys, values: a scheme for each layer."""
+        """keys, values: a scheme for each layer. tail, sink: newest and first tokens that each query finds in f16."""
         self._layers, self._keys, self._values, self._seen = layers, keys, values, seen
+        self._tail, self._sink = tail, sink
         self._ropes = [Rope(plan.rope, plan.heads.n_kv_heads) for plan in layers]
         self.bits = [(0.0, 0.0)] * len(layers)
 
@@ -78,32 +79,31 @@ class SimulatedAttention:
         )
         self._seen(layer, tensors)
         keys, values = self._keys[layer], self._values[layer]
-        stored_k, stored_v = keys.store(tensors, "k"), values.store(tensors, "v")
+        stored_k = keys.store(tensors, "k").with_exact(self._tail, self._sink)
+        stored_v = values.store(tensors, "v").with_exact(self._tail, self._sink)
         self.bits[layer] = stored_k.bits, stored_v.bits
         attended = torch.from_numpy(out.numpy()).view(n, h.n_heads, h.head_dim)
         attend(keys.round_queries(tensors.q), tensors, stored_k, stored_v, h.window, attended)
 
 
 def attend(q: torch.Tensor, layer: LayerTensors, keys: Stored, values: Stored, window: int, out: torch.Tensor) -> None:
-    """Causal attention of q [n_heads, n, head_dim] over what each query finds, into `out` [n, n_heads, head_dim].
+    """Causal attention over what each query finds, into `out` [n, n_heads, head_dim].
 
+    q: queries [n_heads, n, head_dim] for stored keys; those that are still exact meet the layer's own.
     window: tokens that a query sees, itself included; 0 for all.
     """
     n_kv_heads, n, _ = layer.k.shape
-    q = q.unflatten(0, (n_kv_heads, -1))  # [n_kv_heads, group, n, head_dim]
+    q, exact_q = (x.unflatten(0, (n_kv_heads, -1)) for x in (q, layer.q))  # [n_kv_heads, group, n, head_dim]
     position = torch.arange(n)
     for start in range(0, n, _QUERIES_AT_ONCE):
         end = min(start + _QUERIES_AT_ONCE, n)
         first = max(0, start + 1 - window) if window else 0
         rows, columns = position[start:end, None], position[first:end]
-        queries = q[:, :, start:end]
-        scores = queries @ keys.decoded[:, None, first:end].mT  # [n_kv_heads, group, rows, columns]
-        if keys.n_decoded is not None:
-            recent = _recent(keys.n_decoded[start:end], first, end)
-            exact = queries @ layer.k[:, None, recent].half().float().mT
-            still_exact = position[recent] >= keys.n_decoded[start:end, None]
-            part = scores[..., recent.start - first :]
-            part.copy_(torch.where(still_exact, exact, part))
+        scores = q[:, :, start:end] @ keys.decoded[:, None, first:end].mT  # [n_kv_heads, group, rows, columns]
+        for tokens, is_exact in _exact_tokens(keys, first, start, end):
+            exact = exact_q[:, :, start:end] @ layer.k[:, None, tokens].half().float().mT
+            part = scores[..., tokens.start - first : tokens.stop - first]
+            part.copy_(torch.where(is_exact, exact, part))
         hidden = columns > rows
         if window:
             hidden |= columns <= rows - window
@@ -119,16 +119,27 @@ def _weighted_values(
 
     [n_kv_heads, group, rows, head_dim]. Overwrites `weights`.
     """
-    decoded = values.decoded[:, None, first:end]
-    if values.n_decoded is None:
-        return weights @ decoded
-    recent = _recent(values.n_decoded[start:end], first, end)
-    still_exact = torch.arange(recent.start, end) >= values.n_decoded[start:end, None]
-    exact_weights = weights[..., recent.start - first :] * still_exact
-    weights[..., recent.start - first :] -= exact_weights
-    return weights @ decoded + exact_weights @ layer.v[:, None, recent].half().float()
+    of_exact = torch.zeros(())
+    for tokens, is_exact in _exact_tokens(values, first, start, end):
+        part = weights[..., tokens.start - first : tokens.stop - first]
+        exact_weights = part * is_exact
+        part -= exact_weights
+        of_exact = of_exact + exact_weights @ layer.v[:, None, tokens].half().float()
+    return weights @ values.decoded[:, None, first:end] + of_exact
 
 
-def _recent(n_decoded: torch.Tensor, first: int, end: int) -> slice:
-    """The tokens that some query of a block finds exact."""
-    return slice(max(first, int(n_decoded.min())), end)
+def _exact_tokens(stored: Stored, first: int, start: int, end: int) -> list[tuple[slice, torch.Tensor]]:
+    """Runs of tokens from first .. end-1, which do not overlap, and what queries start .. end-1 find of them in f16.
+
+    The latter is bool [end - start or 1, tokens of the run].
+    """
+    runs, recent = [], end
+    if stored.n_decoded is not None:
+        n_decoded = stored.n_decoded[start:end, None]
+        recent = max(first, int(n_decoded.min()))
+        tokens = torch.arange(recent, end)
+        runs.append((slice(recent, end), (tokens >= n_decoded) | (tokens < stored.n_sinks)))
+    if stored.n_sinks > first:
+        sinks = slice(first, min(stored.n_sinks, recent))
+        runs.append((sinks, torch.ones(1, sinks.stop - sinks.start, dtype=torch.bool)))
+    return runs

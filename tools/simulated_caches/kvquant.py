@@ -13,7 +13,7 @@ layer (thresholds, points) belong to the model and are not counted.
 
 import torch
 
-from .scheme import EXACT_BITS, LayerTensors, Scheme, Side, Stored, outlier_mask
+from .scheme import LayerTensors, Scheme, Side, Stored, outlier_mask
 
 _OUTLIER_SHARE = 0.01
 _OUTLIER_BITS = 16 + 16
@@ -60,12 +60,8 @@ class KvQuant(Scheme):
             low, high = _ends(x, mask)
             bits = self._n_bits + float(mask.float().mean()) * _OUTLIER_BITS + _SCALE_BITS / x.shape[1]
         decoded = torch.where(mask, x.half().float(), self._rounded(x, low, high))
-        if side == "k":
-            decoded, exact = layer.apply_rope(decoded), layer.k
-        else:
-            decoded, exact = decoded.unflatten(1, layer.v.shape[::2]).transpose(0, 1), layer.v
-        decoded[:, :_EXACT_TOKENS] = exact[:, :_EXACT_TOKENS].half().float()
-        return Stored(decoded, bits + (EXACT_BITS - bits) * _EXACT_TOKENS / exact.shape[1])
+        by_head = layer.apply_rope(decoded) if side == "k" else decoded.unflatten(1, layer.v.shape[::2]).transpose(0, 1)
+        return Stored(by_head, bits, n_sinks=_EXACT_TOKENS)
 
     def _rounded(self, x: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
         """The nearest points, at the place of x between `low` and `high`."""

@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 import torch
 
-from .scheme import BlockFormat, LayerTensors, Side, Stored, check_blocks, hadamard, rotated
+from .scheme import BlockFormat, LayerTensors, Side, Stored, check_blocks, random_hadamard, rotated
 
 Rounding = Callable[[torch.Tensor], torch.Tensor]
 
@@ -98,12 +98,6 @@ class Nv(BlockFormat):
 
     def _turned(self, x: torch.Tensor) -> torch.Tensor:
         return x if self._rotation is None else rotated(x, self._rotation)
-
-
-def random_hadamard(n: int) -> torch.Tensor:
-    """A Walsh-Hadamard matrix [n, n] whose rows have random signs, the same in every run; orthonormal."""
-    signs = torch.randint(0, 2, (n, 1), generator=torch.Generator().manual_seed(0)) * 2 - 1
-    return signs * hadamard(n)
 
 
 def mxint8() -> Mx:

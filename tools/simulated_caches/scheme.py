@@ -5,7 +5,7 @@ packed cache would take. Shapes: n tokens, head_dim channels, heads first, so th
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -40,14 +40,37 @@ class LayerTensors:
 class Stored:
     """One side of a layer's cache, as queries find it.
 
-    Causality: the query at position t finds tokens 0 .. n_decoded[t] - 1 as `decoded`, the later ones, up to its own,
-    as they are in f16. What `decoded` holds of those tokens may depend on any token up to t, and on nothing later.
-    `n_decoded` None stands for t + 1: each token's storage depends on that token (and on a calibration text) alone.
+    Causality: the query at position t finds tokens n_sinks .. n_decoded[t] - 1 as `decoded`, the first n_sinks and the
+    later ones, up to its own, as they are in f16. What `decoded` holds of those tokens may depend on any token up to t,
+    and on nothing later. `n_decoded` None stands for t + 1: each token's storage depends on that token (and on a
+    calibration text) alone.
     """
 
     decoded: torch.Tensor  # [n_kv_heads, n, head_dim] float32
-    bits: float  # mean bits per value: scales, indices and exact tokens included, as the later half of queries find it
+    token_bits: float  # mean bits per value of a token that is not in f16: scales, indices and outliers included
     n_decoded: torch.Tensor | None = None  # int64 [n]
+    n_sinks: int = 0
+
+    @property
+    def bits(self) -> float:
+        """Mean bits per value, exact tokens included, over the queries of the text's second half.
+
+        Those are the queries that perplexity scores: a window that happens to be empty after the last token was not
+        empty for them.
+        """
+        n = self.decoded.shape[1]
+        found = torch.arange(n // 2, n) + 1
+        n_decoded = found if self.n_decoded is None else self.n_decoded[n // 2 :]
+        stored_share = float(((n_decoded - self.n_sinks).clamp(min=0) / found).mean())
+        return stored_share * self.token_bits + (1 - stored_share) * EXACT_BITS
+
+    def with_exact(self, tail: int, n_sinks: int) -> "Stored":
+        """The same, but each query finds the newest `tail` tokens, its own included, and the first n_sinks in f16."""
+        n_decoded = self.n_decoded
+        if tail:
+            before_tail = (torch.arange(self.decoded.shape[1]) + 1 - tail).clamp(min=0)
+            n_decoded = before_tail if n_decoded is None else torch.minimum(n_decoded, before_tail)
+        return replace(self, n_decoded=n_decoded, n_sinks=max(n_sinks, self.n_sinks))
 
 
 class Scheme:
@@ -66,6 +89,10 @@ class Scheme:
     def store(self, layer: LayerTensors, side: Side) -> Stored:
         """That side of the layer as stored."""
         raise NotImplementedError
+
+    def in_layer(self, layer: int, n_layers: int) -> "Scheme":
+        """What the source does in one layer of a model."""
+        return self
 
     def round_queries(self, q: torch.Tensor) -> torch.Tensor:
         """Queries [n_heads, n, head_dim] as the source multiplies them with stored keys."""
@@ -109,12 +136,24 @@ def check_blocks(name: str, size: int, head_dim: int) -> None:
         raise KsortError(f"--types {name}: blocks of {size} do not divide the head dimension {head_dim}: leave it out")
 
 
+def check_power_of_two(name: str, head_dim: int) -> None:
+    """Raise KsortError naming the type unless one Hadamard matrix turns a whole head."""
+    if head_dim & (head_dim - 1):
+        raise KsortError(f"--types {name}: the head dimension {head_dim} is not a power of two: leave it out")
+
+
 def hadamard(n: int) -> torch.Tensor:
     """The orthonormal, symmetric Walsh-Hadamard matrix [n, n] in Sylvester's order. `n` is a power of two."""
     matrix = torch.ones(1, 1)
     while len(matrix) < n:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
     return matrix / n**0.5
+
+
+def random_hadamard(n: int) -> torch.Tensor:
+    """A Walsh-Hadamard matrix [n, n] whose rows have random signs, the same in every run; orthonormal."""
+    signs = torch.randint(0, 2, (n, 1), generator=torch.Generator().manual_seed(0)) * 2 - 1
+    return signs * hadamard(n)
 
 
 def rotated(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
@@ -128,18 +167,12 @@ def round_half_away(x: torch.Tensor) -> torch.Tensor:
     return torch.sign(x) * (floor + (x.abs() - floor >= 0.5))
 
 
-def with_recent(decoded: torch.Tensor, exact: torch.Tensor, n_decoded: torch.Tensor, bits: float) -> Stored:
+def with_recent(decoded: torch.Tensor, exact: torch.Tensor, n_decoded: torch.Tensor, token_bits: float) -> Stored:
     """Storage of which the last tokens are still exact.
 
-    decoded: [n_kv_heads, n_stored, head_dim], at `bits` a value. exact: all n tokens. n_decoded: as in Stored.
-    Bits are the mean over the queries of the text's second half, those that perplexity scores: a window that happens
-    to be empty after the last token was not empty for them.
+    decoded: [n_kv_heads, n_stored, head_dim]. exact: all n tokens. n_decoded, token_bits: as in Stored.
     """
-    n = exact.shape[1]
-    tokens = torch.arange(n)[n // 2 :] + 1
-    stored_share = float((n_decoded[n // 2 :] / tokens).mean())
-    mean_bits = stored_share * bits + (1 - stored_share) * EXACT_BITS
-    return Stored(torch.cat([decoded, exact[:, decoded.shape[1] :].half().float()], 1), mean_bits, n_decoded)
+    return Stored(torch.cat([decoded, exact[:, decoded.shape[1] :]], 1), token_bits, n_decoded)
 
 
 def outlier_mask(vectors: torch.Tensor, count: int) -> torch.Tensor:

@@ -85,16 +85,48 @@ ksort_status check_cache(const ksort_cuda_cache *cache, bool is_allowed(uint32_t
     return tiles_are_apart(pages, checked->layout.tile_bytes) ? KSORT_OK : KSORT_ERR_ARGUMENT;
 }
 
+ksort_status check_exact(memory memory, device_cache *checked)
+{
+    const ksort_cuda_cache &pages = checked->pages;
+    ksort_cuda_exact &exact = checked->exact;
+    if (!pages.exact)
+        return KSORT_OK;
+    ksort_status status = read_struct(pages.exact, &exact);
+    if (status != KSORT_OK)
+        return status;
+    if (!is_bfp(pages.format.type))
+        return KSORT_ERR_TYPE;
+    const bool has_memory = exact.base && exact.begin;
+    if (exact.n_sinks > KSORT_TILE_TOKENS || exact.n_tiles > INT32_MAX / KSORT_TILE_TOKENS ||
+        (memory == memory::needed && !has_memory))
+        return KSORT_ERR_ARGUMENT;
+    if (exact.context_stride % KSORT_ALIGNMENT || exact.tile_stride % KSORT_ALIGNMENT ||
+        exact.head_stride % KSORT_ALIGNMENT || (memory == memory::needed && !is_aligned(exact.base, KSORT_ALIGNMENT)))
+        return KSORT_ERR_ALIGNMENT;
+    pieces directions[] = {{exact.tile_stride, (size_t)exact.n_tiles + 1},
+                           {exact.head_stride, pages.n_kv_heads},
+                           {exact.context_stride, pages.n_contexts}};
+    const size_t tile_bytes = (size_t)KSORT_TILE_TOKENS * pages.format.head_dim * sizeof(uint16_t);
+    return pieces_are_apart(tile_bytes, directions) ? KSORT_OK : KSORT_ERR_ARGUMENT;
+}
+
+ksort_status check_with_exact(const ksort_cuda_cache *cache, bool is_allowed(uint32_t type), memory memory,
+                              device_cache *checked)
+{
+    ksort_status status = check_cache(cache, is_allowed, memory, checked);
+    return status == KSORT_OK ? check_exact(memory, checked) : status;
+}
+
 } // namespace
 
 ksort_status check_k_cache(const ksort_cuda_cache *cache, memory memory, device_cache *checked)
 {
-    return check_cache(cache, is_bfp, memory, checked);
+    return check_with_exact(cache, is_bfp, memory, checked);
 }
 
 ksort_status check_v_cache(const ksort_cuda_cache *cache, memory memory, device_cache *checked)
 {
-    return check_cache(cache, is_value_type, memory, checked);
+    return check_with_exact(cache, is_value_type, memory, checked);
 }
 
 ksort_status check_pair(const device_cache &k, const device_cache &v)
@@ -104,6 +136,23 @@ ksort_status check_pair(const device_cache &k, const device_cache &v)
     if (k.pages.n_kv_heads != v.pages.n_kv_heads)
         return KSORT_ERR_HEADS;
     return k.pages.n_contexts == v.pages.n_contexts ? KSORT_OK : KSORT_ERR_ARGUMENT;
+}
+
+ksort_status check_exact_pair(const device_cache &k, const device_cache &v, uint32_t n_tokens, uint32_t max_slots)
+{
+    if (!has_exact(k))
+        return has_exact(v) ? KSORT_ERR_ARGUMENT : KSORT_OK;
+    if (v.layout.type == KSORT_BF16)
+        return KSORT_ERR_TYPE;
+    const uint64_t rows = (uint64_t)k.exact.n_tiles * KSORT_TILE_TOKENS;
+    const uint64_t needed = (uint64_t)k.exact.n_tail + n_tokens - 1;
+    if (k.exact.n_tail && rows < (needed < max_slots ? needed : max_slots))
+        return KSORT_ERR_ARGUMENT;
+    if (v.layout.type == KSORT_F16)
+        return KSORT_OK;
+    const bool are_alike = has_exact(v) && v.exact.n_tail == k.exact.n_tail && v.exact.n_sinks == k.exact.n_sinks &&
+                           v.exact.n_tiles == k.exact.n_tiles;
+    return are_alike ? KSORT_OK : KSORT_ERR_ARGUMENT;
 }
 
 ksort_status check_tokens(const ksort_cuda_tokens *tokens, const device_cache &cache, memory memory,

@@ -16,6 +16,9 @@ ksort_status check_v_cache(const ksort_cuda_cache *cache, memory memory, device_
 /* What keys and values of one call must have in common. Returns KSORT_OK, _ARGUMENT, _HEAD_DIM, _HEADS. */
 ksort_status check_pair(const device_cache &k, const device_cache &v);
 
+/* Exact rows of a call that attends. Returns KSORT_OK, _ARGUMENT, _TYPE. */
+ksort_status check_exact_pair(const device_cache &k, const device_cache &v, uint32_t n_tokens, uint32_t max_slots);
+
 /* Returns KSORT_OK, _ARGUMENT, _STRUCT_SIZE. */
 ksort_status check_tokens(const ksort_cuda_tokens *tokens, const device_cache &cache, memory memory,
                           ksort_cuda_tokens *checked);

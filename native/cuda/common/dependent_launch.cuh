@@ -10,10 +10,11 @@
  *     prompt, long rows         ...|==========|        ... makes its first tiles, then waits
  *     prompt, short rows            ..======..|        blocks come as multiprocessors get free; they wait at their end
  *
- * pack (of GROUP_SLOTS tokens or more, without transforms), decode, merge and prompts on sm_90a are launched by
- * launch_dependent, all others the ordinary way: after all that was launched before is complete. A dependent kernel
- * begins when every block of the kernel before it has ended or called let_dependent_begin, and wait_for_kernel_before
- * returns when that kernel is complete and its writes are visible. So before it waits
+ * pack (of GROUP_SLOTS tokens or more, without transforms), pack_exact, which waits at once, decode, merge and
+ * prompts on sm_90a are launched by launch_dependent, all others the ordinary way: after all that was launched before
+ * is complete. A dependent kernel begins when every block of the kernel before it has ended or called
+ * let_dependent_begin, and wait_for_kernel_before returns when that kernel is complete and its writes are visible. So
+ * before it waits
  *   - pack must not read or write anything: what is before it may be any kernel, and write rows, lengths and tables.
  *     It only asks L2 for rows (prefetch_into_l2);
  *   - decode, merge and prompts may read what was written before the call of ksort_cuda_attend: tiles

@@ -17,7 +17,27 @@ constexpr int WARP = 32;
 struct device_cache {
     head_layout layout;
     ksort_cuda_cache pages;
+    ksort_cuda_exact exact; /* zeros: none */
 };
+
+inline bool has_exact(const device_cache &cache)
+{
+    return cache.pages.exact != nullptr;
+}
+
+/* Exact tile `tile` of a ring of KV head kv_head; 0: that of the sinks. */
+__device__ inline uint8_t *exact_tile_at(const ksort_cuda_exact &exact, uint32_t context, uint32_t tile,
+                                         uint32_t kv_head)
+{
+    return (uint8_t *)exact.base + context * exact.context_stride + tile * exact.tile_stride +
+           kv_head * exact.head_stride;
+}
+
+/* Which of these has the slots of tile `tile` of a context. */
+__device__ inline uint32_t ring_tile(const ksort_cuda_exact &exact, uint32_t tile)
+{
+    return 1 + tile % exact.n_tiles;
+}
 
 /* Channels c = WARP * i + lane of a head are a warp's registers x[i]: CHANNELS_A_LANE of them. */
 template <int HEAD_DIM>

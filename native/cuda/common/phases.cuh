@@ -1,9 +1,9 @@
 /* The phases of a call: each has a folder of its own; api.cu checks the arguments and launches them one after another.
  *
- *     pack:    k_x, v_x --pack--> tiles
+ *     pack:    k_x, v_x --pack--> tiles;  --pack_exact--> exact rows
  *     attend:  q --prepare_queries--> prepared queries (workspace)
  *              1 token a context:    prepared --decode--> partials (workspace) --merge--> out
- *              more:                 prepared --prompt--> out
+ *              more:                 prepared --prompt_exact--> sums over exact rows (workspace) --prompt--> out
  *
  * Arguments are checked before; all functions only enqueue.
  */
@@ -11,6 +11,11 @@
 #define KSORT_CUDA_COMMON_PHASES_CUH
 
 #include "common/device.cuh"
+
+/* A row's softmax over its exact slots: prompt/shared/softmax.cuh. */
+struct exact_softmax {
+    float shift, sum;
+};
 
 /* A call of ksort_cuda_attend after its checks, as kernels take it by value. */
 struct attend_job {
@@ -35,8 +40,13 @@ struct attend_job {
     uint8_t *exponents;    /* [rows][MAX_BLOCKS] */
     __nv_bfloat16 *values; /* [rows][head_dim] */
     uint32_t query_stride; /* bytes: 4 * k.layout.n_quads rounded up to 32 */
+    float *exact_queries;  /* [rows][head_dim]: as they are before rounding, for exact rows; NULL without these */
+    /* Prompt, with exact rows: what these add to a row of out, before it is divided by the sum, and its softmax. */
+    float *exact_sums;         /* [rows][head_dim] */
+    exact_softmax *exact_rows; /* [rows] */
     /* Decode: softmax states and accumulators of the splits of a row, in the workspace. */
-    uint32_t n_splits;
+    uint32_t n_splits; /* the last n_exact_splits are of exact rows */
+    uint32_t n_exact_splits;
     float *partials; /* as decode/common.cuh lays them out */
 };
 
@@ -55,18 +65,23 @@ struct pack_job {
 
 /* Into how many splits the contexts of a job are cut (head counts, max_slots and layouts are set), and the floats of
  * partials they need (n_splits is set). decode/splits.cu */
-uint32_t decode_splits(const attend_job &job, int n_multiprocessors);
+uint32_t decode_splits(const attend_job &job, int n_multiprocessors); /* beside n_exact_splits, which is set */
+uint32_t decode_exact_splits(const attend_job &job);
 size_t decode_partial_floats(const attend_job &job);
 
 /* Compiled once for each head dimension; common/head_dim.cuh chooses. */
 template <int HEAD_DIM>
 cudaError_t launch_pack(const pack_job &job, cudaStream_t stream); /* pack/launch.cu */
 template <int HEAD_DIM>
+cudaError_t launch_pack_exact(const pack_job &job, cudaStream_t stream); /* pack/exact.cu */
+template <int HEAD_DIM>
 cudaError_t launch_prepare_queries(const attend_job &job, cudaStream_t stream); /* query/launch.cu */
 template <int HEAD_DIM>
 cudaError_t launch_decode(const attend_job &job, cudaStream_t stream); /* decode/launch.cu */
 template <int HEAD_DIM>
 cudaError_t launch_merge(const attend_job &job, cudaStream_t stream); /* decode/merge.cu */
+template <int HEAD_DIM>
+cudaError_t launch_prompt_exact(const attend_job &job, cudaStream_t stream); /* prompt/exact.cu */
 template <int HEAD_DIM>
 cudaError_t launch_prompt(const attend_job &job, cudaStream_t stream); /* prompt/launch.cu */
 

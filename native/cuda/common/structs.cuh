@@ -16,6 +16,8 @@ constexpr size_t LEAST_BYTES = sizeof(STRUCT);
 template <>
 constexpr size_t LEAST_BYTES<ksort_cuda_cache> = KSORT_END_OF(ksort_cuda_cache, n_kv_heads);
 template <>
+constexpr size_t LEAST_BYTES<ksort_cuda_exact> = KSORT_END_OF(ksort_cuda_exact, begin);
+template <>
 constexpr size_t LEAST_BYTES<ksort_cuda_tokens> = KSORT_END_OF(ksort_cuda_tokens, device_status);
 template <>
 constexpr size_t LEAST_BYTES<ksort_cuda_pack_args> = KSORT_END_OF(ksort_cuda_pack_args, x_type);

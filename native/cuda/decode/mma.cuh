@@ -45,6 +45,16 @@ __device__ inline void load_transposed(const uint8_t *row_smem, uint32_t (&matri
                  : "memory");
 }
 
+/* The same, not transposed. */
+__device__ inline void load_straight(const uint8_t *row_smem, uint32_t (&matrices)[4])
+{
+    uint32_t address = (uint32_t)__cvta_generic_to_shared(row_smem);
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(matrices[0]), "=r"(matrices[1]), "=r"(matrices[2]), "=r"(matrices[3])
+                 : "r"(address)
+                 : "memory");
+}
+
 /* Asks for 16 bytes; past L1, which would hold them for nobody. Addresses in shared memory are 32-bit. */
 __device__ inline void copy_16_async(uint32_t to_smem, const uint8_t *from_gmem)
 {

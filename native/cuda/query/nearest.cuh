@@ -159,6 +159,13 @@ __device__ inline void store_mantissas(const attend_job &job, size_t row, bool i
     }
 }
 
+/* A chunk as it is before rounding, for exact rows: whoever reads it takes what is not finite for zeros. */
+__device__ inline void store_exact_chunk(float *place, const float (&y)[CHUNK])
+{
+    reinterpret_cast<float4 *>(place)[0] = make_float4(y[0], y[1], y[2], y[3]);
+    reinterpret_cast<float4 *>(place)[1] = make_float4(y[4], y[5], y[6], y[7]);
+}
+
 /* Rounds a row's chunk to BFP16 in blocks of the keys' size, and stores it. A row that is not finite, or without a
  * position, is reported and becomes zeros. All lanes of the warp. */
 template <int HEAD_DIM>
@@ -170,6 +177,8 @@ __device__ inline void store_query_chunk(const attend_job &job, uint32_t row, bo
     constexpr uint32_t SMALL = 16;           /* exponents below are rare, and all that round_to_units calls tiny */
     constexpr uint32_t ABOVE_127 = 0x7F0000; /* fraction of 127.5 / 64: from there on the largest is rounded to 128 */
     const uint32_t chunk = lane_of_thread() % CHUNK_LANES<HEAD_DIM>;
+    if (job.exact_queries && is_stored && chunk * CHUNK < HEAD_DIM)
+        store_exact_chunk(job.exact_queries + (size_t)row * HEAD_DIM + chunk * CHUNK, y);
     const uint32_t magnitude = largest_of_block(magnitude_of_chunk(y), job.k.layout.block_size / CHUNK);
     const bool is_finite = magnitude < FLOAT_MAGNITUDE_INF;
     uint32_t exponent = magnitude >> 23, m[CHUNK];

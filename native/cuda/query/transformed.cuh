@@ -79,6 +79,16 @@ __device__ void store_rounded(const attend_job &job, size_t row, const float (&x
         exponents[lane] = 0;
 }
 
+/* A row as it is before rounding, for exact rows. */
+template <int HEAD_DIM>
+__device__ inline void store_exact(float *row, const float (&x)[CHANNELS_A_LANE<HEAD_DIM>])
+{
+#pragma unroll
+    for (int i = 0; i < CHANNELS_A_LANE<HEAD_DIM>; i++)
+        if (holds_channel<HEAD_DIM>(i))
+            row[i * WARP + lane_of_thread()] = x[i];
+}
+
 template <int HEAD_DIM>
 __global__ void __launch_bounds__(QUERY_WARPS *WARP)
     prepare_kernel(const __grid_constant__ attend_job job, uint32_t rows_a_warp)
@@ -125,6 +135,8 @@ __global__ void __launch_bounds__(QUERY_WARPS *WARP)
             for (int i = 0; i < CHANNELS_A_LANE<HEAD_DIM>; i++)
                 x[i] = 0.0f;
         }
+        if (job.exact_queries)
+            store_exact<HEAD_DIM>(job.exact_queries + (first_row + r) * HEAD_DIM, x);
         store_rounded<HEAD_DIM>(job, first_row + r, x);
     }
 }

@@ -9,7 +9,7 @@ extern const struct kernels ksort_kernels_neon;
 
 max_magnitude_function ksort_neon_max_magnitude;
 rope_function ksort_neon_rope;
-round_function ksort_neon_round_bfp;
+round_function ksort_neon_round_bfp, ksort_neon_round_sbfp;
 transform_function ksort_neon_transform_key, ksort_neon_transform_query;
 restore_function ksort_neon_restore_value;
 encode_function ksort_neon_encode_transformed;

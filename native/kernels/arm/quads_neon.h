@@ -38,6 +38,18 @@ ALWAYS_INLINE void unpack_bfp14(const uint8_t *words, int i, strip_quad quads[4]
     quads[3][i] = vsliq_n_u8(vandq_u8(vshrq_n_u8(low23, 2), low_nibble_at_2), vshrq_n_u8(high, 6), 6);
 }
 
+/* Of SBFP11, register i of quads 4 half .. 4 half + 3 of a group: bits 2 j, 2 j + 1 of `low` and bit 4 half + j of `high`
+ * become bits 5, 6 and 7 of quad j. half is a constant. */
+ALWAYS_INLINE void unpack_half_sbfp11(uint8x16_t low, uint8x16_t high, const int half, int i, strip_quad quads[4])
+{
+    const uint8x16_t low_bits = vdupq_n_u8(0x60);
+    high = half ? vshrq_n_u8(high, 4) : high;
+    quads[0][i] = vsliq_n_u8(vandq_u8(vshlq_n_u8(low, 5), low_bits), high, 7);
+    quads[1][i] = vsliq_n_u8(vandq_u8(vshlq_n_u8(low, 3), low_bits), vshrq_n_u8(high, 1), 7);
+    quads[2][i] = vsliq_n_u8(vandq_u8(vshlq_n_u8(low, 1), low_bits), vshrq_n_u8(high, 2), 7);
+    quads[3][i] = vsliq_n_u8(vandq_u8(vshrq_n_u8(low, 1), low_bits), vshrq_n_u8(high, 3), 7);
+}
+
 /* Quads of the words of one strip, n_words of them: whole groups of FORMAT.md. */
 ALWAYS_INLINE void unpack_words(uint32_t mantissa_bits, const uint8_t *words, uint32_t n_words, strip_quad *quads)
 {
@@ -52,11 +64,30 @@ ALWAYS_INLINE void unpack_words(uint32_t mantissa_bits, const uint8_t *words, ui
         for (uint32_t w = 0; w < n_words; w += 3, words += 3 * WORD_BYTES, quads += 4)
             for (int i = 0; i < STRIP_REGISTERS; i++)
                 unpack_bfp14(words, i, quads);
+    } else if (mantissa_bits == 3) {
+        for (uint32_t w = 0; w < n_words; w += 3, words += 3 * WORD_BYTES, quads += 8)
+            for (int i = 0; i < STRIP_REGISTERS; i++) {
+                uint8x16_t high = vld1q_u8(words + 2 * WORD_BYTES + 16 * i);
+                unpack_half_sbfp11(vld1q_u8(words + 16 * i), high, 0, i, quads);
+                unpack_half_sbfp11(vld1q_u8(words + WORD_BYTES + 16 * i), high, 1, i, quads + 4);
+            }
     } else {
         for (uint32_t w = 0; w < n_words; w++, words += WORD_BYTES, quads++)
             for (int i = 0; i < STRIP_REGISTERS; i++)
                 quads[0][i] = vld1q_u8(words + 16 * i);
     }
+}
+
+/* The scales of a block of four tokens: 2^(exponent - 127), or SBFP's own, the upper bytes of f16. is_scaled is a
+ * constant. */
+ALWAYS_INLINE float32x4_t block_scales(const uint8_t *codes, const bool is_scaled)
+{
+    uint32_t four;
+    memcpy(&four, codes, sizeof four);
+    uint8x8_t bytes = vreinterpret_u8_u32(vdup_n_u32(four));
+    if (is_scaled)
+        return vcvt_f32_f16(vreinterpret_f16_u16(vget_low_u16(vshll_n_u8(bytes, 8))));
+    return vreinterpretq_f32_u32(vshlq_n_u32(vmovl_u16(vget_low_u16(vmovl_u8(bytes))), 23));
 }
 
 /* All quads of the strip that begins at first_token, and zeros up to a whole chunk. quads [padded_quads] */

@@ -22,7 +22,7 @@ struct strip {
     const struct head_layout *layout;
     uint32_t first_token;
     strip_quad quads[MAX_QUADS];
-    float32x4_t scales[MAX_BLOCKS][STRIP_REGISTERS]; /* quad_unit * 2^(exponent - 127), 0 where the block is zero */
+    float32x4_t scales[MAX_BLOCKS][STRIP_REGISTERS]; /* times quad_unit, 0 where the block is zero */
 };
 
 /* Rows first_row .. +n_rows-1, registers first .. +n_registers-1 of a strip. n_rows and n_registers are constants,
@@ -30,27 +30,26 @@ struct strip {
 typedef void rows_function(const struct strip *strip, const struct query_rows *queries, uint32_t first_row, int n_rows,
                            int first, int n_registers, float (*scores)[KSORT_TILE_TOKENS]);
 
-/* 2^(exponent - 127) * unit for four tokens' exponent bytes: exact, as unit is 2^-4 or more, if subnormal. */
-ALWAYS_INLINE float32x4_t exponent_scales(const uint8_t *exponents, float unit)
+/* Scales times quad_unit: exact, as that is 2^-5 or more, if subnormal. is_scaled is a constant. */
+ALWAYS_INLINE void load_scales(const struct tile_span *keys, const bool is_scaled, struct strip *strip)
 {
-    uint32_t four;
-    memcpy(&four, exponents, sizeof four);
-    uint16x8_t halves = vmovl_u8(vreinterpret_u8_u32(vdup_n_u32(four)));
-    uint32x4_t bits = vshlq_n_u32(vmovl_u16(vget_low_u16(halves)), 23);
-    return vmulq_n_f32(vreinterpretq_f32_u32(bits), unit);
+    const struct head_layout *layout = keys->layout;
+    for (uint32_t b = 0; b < layout->n_blocks; b++)
+        for (uint32_t i = 0; i < STRIP_REGISTERS; i++) {
+            const uint8_t *codes = keys->tile + exponent_offset(layout, b, strip->first_token + 4 * i);
+            strip->scales[b][i] = vmulq_n_f32(block_scales(codes, is_scaled), quad_unit(layout));
+        }
 }
 
 ALWAYS_INLINE void load_strip(const struct tile_span *keys, uint32_t first_token, struct strip *strip)
 {
-    const struct head_layout *layout = keys->layout;
-    strip->layout = layout;
+    strip->layout = keys->layout;
     strip->first_token = first_token;
     unpack_quads(keys, first_token, strip->quads);
-    for (uint32_t b = 0; b < layout->n_blocks; b++)
-        for (uint32_t i = 0; i < STRIP_REGISTERS; i++) {
-            const uint8_t *exponents = keys->tile + exponent_offset(layout, b, first_token + 4 * i);
-            strip->scales[b][i] = exponent_scales(exponents, quad_unit(layout));
-        }
+    if (keys->layout->is_scaled)
+        load_scales(keys, true, strip);
+    else
+        load_scales(keys, false, strip);
 }
 
 /* Quads of block b end here; the padding after the last channel belongs to the last block. */

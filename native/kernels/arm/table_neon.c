@@ -5,6 +5,7 @@ const struct kernels ksort_kernels_neon = {
     .max_magnitude = ksort_neon_max_magnitude,
     .rope = ksort_neon_rope,
     .round_bfp = ksort_neon_round_bfp,
+    .round_sbfp = ksort_neon_round_sbfp,
     .transform_key = ksort_neon_transform_key,
     .transform_query = ksort_neon_transform_query,
     .restore_value = ksort_neon_restore_value,

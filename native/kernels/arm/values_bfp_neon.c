@@ -1,7 +1,7 @@
 /* Weighted values of BFP types with Advanced SIMD, in integers: SDOT adds to each lane four products of a byte of a
  * value (a mantissa, times 2^(8 - mantissa_bits)) and one of a weight. The four bytes of a lane are four tokens.
  *
- *   1. once a block: weights * 2^exponent of all rows, as integers of three signed digits to base 256, the largest of a
+ *   1. once a block: weights * scale of all rows, as integers of three signed digits to base 256, the largest of a
  *      row being LARGEST_WEIGHT:
  *          digits [rows][3][64 tokens], up to 6 KB, on the stack
  *   2. once for 16 channels (a chunk): quads of 64 tokens, 4 x 4 bytes of a register transposed:
@@ -32,15 +32,15 @@
 typedef int8_t weight_digits[DIGITS][KSORT_TILE_TOKENS]; /* lowest digit first */
 typedef strip_quad value_chunk[STRIPS_PER_TILE][CHUNK_QUADS];
 
-/* A block's weights of all rows: value = scales[row] * largest_step * (digits to base 256). */
+/* A block's weights of all rows: value = scales[row] * unit * (digits to base 256). */
 struct weighted_rows {
     weight_digits digits[MAX_ROWS];
     float scales[MAX_ROWS];
-    float largest_step; /* 2^(largest exponent - 127) */
+    float unit; /* mantissa_unit, and of BFP 2^(largest exponent - 127) */
 };
 
-/* Exponents of a strip's tokens; 0 outside the span, whose bytes may be stale. */
-ALWAYS_INLINE uint8x16_t seen_exponents(const struct tile_span *span, uint32_t block, uint32_t first_token)
+/* Scale bytes of a strip's tokens; 0 outside the span, whose bytes may be stale. */
+ALWAYS_INLINE uint8x16_t seen_codes(const struct tile_span *span, uint32_t block, uint32_t first_token)
 {
     const uint8x16_t lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     uint8x16_t token = vaddq_u8(lane, vdupq_n_u8((uint8_t)first_token));
@@ -58,12 +58,26 @@ ALWAYS_INLINE float32x4_t relative_steps(uint16x4_t exponents, uint8_t largest)
     return vreinterpretq_f32_u32(vandq_u32(bits, vtstq_u32(exponent, exponent)));
 }
 
+/* SBFP scales of the tile's tokens. */
+ALWAYS_INLINE void load_scales(const struct tile_span *span, uint32_t block, float32x4_t steps[TILE_REGISTERS])
+{
+    for (int s = 0; s < STRIPS_PER_TILE; s++) {
+        uint8x16_t codes = seen_codes(span, block, (uint32_t)s * STRIP_TOKENS);
+        float16x8_t low = vreinterpretq_f16_u16(vshll_n_u8(vget_low_u8(codes), 8));
+        float16x8_t high = vreinterpretq_f16_u16(vshll_high_n_u8(codes, 8));
+        steps[4 * s] = vcvt_f32_f16(vget_low_f16(low));
+        steps[4 * s + 1] = vcvt_high_f32_f16(low);
+        steps[4 * s + 2] = vcvt_f32_f16(vget_low_f16(high));
+        steps[4 * s + 3] = vcvt_high_f32_f16(high);
+    }
+}
+
 /* Steps of the tile's tokens relative to the largest, which is returned. */
 ALWAYS_INLINE float load_steps(const struct tile_span *span, uint32_t block, float32x4_t steps[TILE_REGISTERS])
 {
     uint8x16_t exponents[STRIPS_PER_TILE], largest = vdupq_n_u8(0);
     for (uint32_t s = 0; s < STRIPS_PER_TILE; s++) {
-        exponents[s] = seen_exponents(span, block, s * STRIP_TOKENS);
+        exponents[s] = seen_codes(span, block, s * STRIP_TOKENS);
         largest = vmaxq_u8(largest, exponents[s]);
     }
     uint8_t max = vmaxvq_u8(largest);
@@ -92,14 +106,15 @@ ALWAYS_INLINE void store_digits(const int32x4_t weights[STRIP_REGISTERS], weight
     vst1q_s8(&digits[2][first], vreinterpretq_s8_u8(vuzp2q_u8(even01, even23)));
 }
 
-/* Digits of one row's weights * steps. Returns what they are to be multiplied with, 2^-6 of mantissas included. */
+/* Digits of one row's weights * steps, which may be negative if is_scaled (a constant). Returns what they are to be
+ * multiplied with. */
 ALWAYS_INLINE float weigh_row(const float weights[KSORT_TILE_TOKENS], const float32x4_t steps[TILE_REGISTERS],
-                              weight_digits digits)
+                              const bool is_scaled, weight_digits digits)
 {
     float32x4_t products[TILE_REGISTERS], largest = vdupq_n_f32(0.0f);
     for (int i = 0; i < TILE_REGISTERS; i++) {
         products[i] = vmulq_f32(vld1q_f32(weights + 4 * i), steps[i]);
-        largest = vmaxq_f32(largest, products[i]);
+        largest = vmaxq_f32(largest, is_scaled ? vabsq_f32(products[i]) : products[i]);
     }
     float max = vmaxvq_f32(largest), factor = max > SMALLEST_WEIGHT ? LARGEST_WEIGHT / max : 0.0f;
     for (int s = 0; s < STRIPS_PER_TILE; s++) {
@@ -108,28 +123,52 @@ ALWAYS_INLINE float weigh_row(const float weights[KSORT_TILE_TOKENS], const floa
             rounded[i] = vcvtnq_s32_f32(vmulq_n_f32(products[STRIP_REGISTERS * s + i], factor));
         store_digits(rounded, digits, (uint32_t)s * STRIP_TOKENS);
     }
-    return max * (1 / (64 * LARGEST_WEIGHT));
+    return max * (1 / LARGEST_WEIGHT);
 }
 
 static void weigh_rows(const struct tile_span *span, uint32_t block, uint32_t n_rows,
                        const float (*weights)[KSORT_TILE_TOKENS], struct weighted_rows *rows)
 {
     float32x4_t steps[TILE_REGISTERS];
-    rows->largest_step = load_steps(span, block, steps);
-    for (uint32_t r = 0; r < n_rows; r++)
-        rows->scales[r] = weigh_row(weights[r], steps, rows->digits[r]);
+    rows->unit = mantissa_unit(span->layout) * quad_unit(span->layout);
+    if (span->layout->is_scaled) {
+        load_scales(span, block, steps);
+        for (uint32_t r = 0; r < n_rows; r++)
+            rows->scales[r] = weigh_row(weights[r], steps, true, rows->digits[r]);
+    } else {
+        rows->unit *= load_steps(span, block, steps);
+        for (uint32_t r = 0; r < n_rows; r++)
+            rows->scales[r] = weigh_row(weights[r], steps, false, rows->digits[r]);
+    }
+}
+
+/* The quads of a chunk, which is half a group of SBFP11: two of its three words. */
+ALWAYS_INLINE void unpack_half_group(const uint8_t *group, uint32_t half, strip_quad quads[CHUNK_QUADS])
+{
+    for (int i = 0; i < STRIP_REGISTERS; i++) {
+        uint8x16_t low = vld1q_u8(group + half * WORD_BYTES + 16 * i);
+        uint8x16_t high = vld1q_u8(group + 2 * WORD_BYTES + 16 * i);
+        if (half)
+            unpack_half_sbfp11(low, high, 1, i, quads);
+        else
+            unpack_half_sbfp11(low, high, 0, i, quads);
+    }
 }
 
 /* Quads of the strips that the span touches; those of channels that are not stored are 0. */
 static void unpack_chunk(const struct tile_span *span, uint32_t index, value_chunk chunk)
 {
     const uint8x16_t transposed = {0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15};
-    const uint32_t bits = span->layout->mantissa_bits, chunk_words = bits / 2, first_word = index * chunk_words;
+    const uint32_t bits = span->layout->mantissa_bits, chunk_words = bits / 2;
+    const uint32_t first_word = bits == 3 ? index / 2 * 3 : index * chunk_words;
     const uint32_t n_words = (uint32_t)min_size(chunk_words, span->layout->n_words - first_word);
     for (uint32_t s = span->begin / STRIP_TOKENS; s * STRIP_TOKENS < span->end; s++) {
         const uint8_t *words = span->tile + word_offset(span->layout, first_word, s * STRIP_TOKENS);
         memset(chunk[s], 0, sizeof chunk[s]);
-        unpack_words(bits, words, n_words, chunk[s]);
+        if (bits == 3)
+            unpack_half_group(words, index % 2, chunk[s]);
+        else
+            unpack_words(bits, words, n_words, chunk[s]);
         for (int q = 0; q < CHUNK_QUADS; q++)
             for (int i = 0; i < STRIP_REGISTERS; i++)
                 chunk[s][q][i] = vqtbl1q_u8(chunk[s][q][i], transposed);
@@ -172,7 +211,7 @@ ALWAYS_INLINE void accumulate_quads(const struct tile_span *span, const value_ch
             float *out = accumulators + (first_row + r) * stride + 4 * (first + q);
             float32x4_t sum = vmulq_n_f32(join_digits(dots[r][q]), rows->scales[first_row + r]);
             float32x4_t before = vmulq_n_f32(vld1q_f32(out), rescale[first_row + r]);
-            vst1q_f32(out, vfmaq_n_f32(before, sum, rows->largest_step));
+            vst1q_f32(out, vfmaq_n_f32(before, sum, rows->unit));
         }
 }
 

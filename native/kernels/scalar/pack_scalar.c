@@ -1,7 +1,7 @@
 /* Packing, one head of one token a call:
  *
- *     x [head_dim] f32 --rope--> y [head_dim] f32 --round_bfp--> mantissas [head_dim] i8 + exponents [blocks] u8
- *                                             \--store_f16/bf16--> [head_dim] u16
+ *     x [head_dim] f32 --rope--> y [head_dim] f32 --round_(s)bfp--> mantissas [head_dim] i8 + exponents [blocks] u8
+ *                                              \--store_f16/bf16--> [head_dim] u16
  *
  * Bytes moved: 4 head_dim in, head_dim * bits / 8 + blocks out; the tables of a head stay in L1 over its tokens.
  */
@@ -53,6 +53,20 @@ void ksort_scalar_round_bfp(const float *x, uint32_t head_dim, uint32_t block_si
             rounded = rounded > limit ? limit : rounded < -limit ? -limit : rounded;
             mantissas[c] = (int8_t)rounded;
         }
+    }
+}
+
+void ksort_scalar_round_sbfp(const float *x, uint32_t head_dim, uint32_t block_size, uint32_t mantissa_bits,
+                             int8_t *mantissas, uint8_t *codes)
+{
+    const float limit = (float)((1 << (mantissa_bits - 1)) - 1);
+    for (uint32_t begin = 0; begin < head_dim; begin += block_size) {
+        uint32_t n = head_dim - begin < block_size ? head_dim - begin : block_size;
+        float scale = bits_float(ksort_scalar_max_magnitude(x + begin, n)) / limit;
+        uint8_t code = scale_of_float(scale);
+        *codes++ = code;
+        for (uint32_t c = begin; c < begin + n; c++) /* no clamp: units pass the limit by a rounding error at most */
+            mantissas[c] = code ? (int8_t)lrintf(x[c] / scale) : 0;
     }
 }
 

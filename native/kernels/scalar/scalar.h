@@ -9,7 +9,7 @@ extern const struct kernels ksort_kernels_scalar;
 /* Other levels use some of them. */
 max_magnitude_function ksort_scalar_max_magnitude;
 rope_function ksort_scalar_rope;
-round_function ksort_scalar_round_bfp;
+round_function ksort_scalar_round_bfp, ksort_scalar_round_sbfp;
 transform_function ksort_scalar_transform_key, ksort_scalar_transform_query;
 restore_function ksort_scalar_restore_value;
 encode_function ksort_scalar_encode_transformed;

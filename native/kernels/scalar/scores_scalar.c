@@ -15,6 +15,13 @@ static uint32_t block_end(const struct head_layout *layout, uint32_t b)
     return end < layout->head_dim ? end : layout->head_dim;
 }
 
+/* What the sum of block b is to be multiplied with, but for mantissa_unit. */
+static float key_scale(const struct tile_span *keys, uint32_t b, uint32_t token)
+{
+    uint8_t code = keys->tile[exponent_offset(keys->layout, b, token)];
+    return keys->layout->is_scaled ? float_of_scale(code) : exponent_scale(code);
+}
+
 static int32_t dot_int8(const int8_t *a, const int8_t *b, uint32_t n)
 {
     int32_t sum = 0;
@@ -36,8 +43,7 @@ void ksort_scalar_scores_bfp_by_bfp(const struct tile_span *keys, const struct q
             for (uint32_t b = 0; b < layout->n_blocks; b++) {
                 uint32_t begin = b * layout->block_size, n = block_end(layout, b) - begin;
                 int32_t dot = dot_int8(key.channels + begin, query + begin, n);
-                float key_scale = exponent_scale(keys->tile[exponent_offset(layout, b, token)]);
-                score += (float)dot * (key_scale * queries->factors[row][b]);
+                score += (float)dot * (key_scale(keys, b, token) * queries->factors[row][b]);
             }
             scores[row][token] = score;
         }
@@ -57,7 +63,7 @@ void ksort_scalar_scores_bfp_by_f32(const struct tile_span *keys, const struct q
                 float dot = 0.0f;
                 for (uint32_t c = b * layout->block_size; c < block_end(layout, b); c++)
                     dot += (float)key.channels[c] * queries->values[row][c];
-                score += dot * exponent_scale(keys->tile[exponent_offset(layout, b, token)]);
+                score += dot * key_scale(keys, b, token);
             }
             scores[row][token] = score;
         }

@@ -5,6 +5,7 @@ const struct kernels ksort_kernels_scalar = {
     .max_magnitude = ksort_scalar_max_magnitude,
     .rope = ksort_scalar_rope,
     .round_bfp = ksort_scalar_round_bfp,
+    .round_sbfp = ksort_scalar_round_sbfp,
     .transform_key = ksort_scalar_transform_key,
     .transform_query = ksort_scalar_transform_query,
     .restore_value = ksort_scalar_restore_value,

@@ -71,15 +71,15 @@ void ksort_scalar_accumulate_bfp(const struct tile_span *values, uint32_t n_rows
                                  size_t stride)
 {
     const struct head_layout *layout = values->layout;
-    const float mantissa_unit = bits_float((127 - (layout->mantissa_bits - 2)) << 23);
     rescale_rows(n_rows, layout->head_dim, rescale, accumulators, stride);
     for (uint32_t token = values->begin; token < values->end; token++) {
         union token_mantissas mantissas;
         ksort_load_mantissas(layout, values->tile, token, &mantissas);
         float value[KSORT_MAX_HEAD_DIM];
         for (uint32_t c = 0; c < layout->head_dim; c++) {
-            uint8_t exponent = values->tile[exponent_offset(layout, c / layout->block_size, token)];
-            value[c] = (float)mantissas.channels[c] * (exponent_scale(exponent) * mantissa_unit);
+            uint8_t code = values->tile[exponent_offset(layout, c / layout->block_size, token)];
+            float scale = layout->is_scaled ? float_of_scale(code) : exponent_scale(code) * mantissa_unit(layout);
+            value[c] = (float)mantissas.channels[c] * scale;
         }
         add_value(value, layout->head_dim, token, n_rows, weights, accumulators, stride);
     }

@@ -118,7 +118,8 @@ ALWAYS_INLINE void encode_one(const struct head_transform *transform, const stru
     _Alignas(64) float y[KSORT_MAX_HEAD_DIM], mantissas[KSORT_MAX_HEAD_DIM];
     union token_mantissas bytes;
     uint8_t codes[MAX_BLOCKS];
-    bytes.quads[head_dim / 4] = 0; /* padding of a last half quad */
+    if (head_dim % 4)
+        bytes.quads[head_dim / 4] = 0; /* padding of the last quad, a half one */
     memcpy(y, head, head_dim * sizeof *y);
     transform_key(transform, head_dim, y);
     for (uint32_t c = head_dim; c % LANES; c++)

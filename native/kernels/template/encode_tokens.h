@@ -2,11 +2,11 @@
  * LANES tokens, so no step runs across lanes and the feedback chain of all tokens is walked together. The chain's latency
  * (some 16 cycles a channel) is what more than one register of tokens hides, and they share each entry of feedback.
  *
- *     heads [R LANES tokens][head_dim] --shift, scale, transpose--> rotated [head_dim][R]
- *     --rotate (radix 8: three strides a pass)--> --permutation--> y [head_dim][R] --a block at a time--> scale bytes, steps
+ *     heads [R LANES tokens][head_dim] --shift, scale, transpose, first strides of rotating--> rotated [head_dim][R]
+ *     --later strides, up to three a pass--> --permutation--> y [head_dim][R] --a block at a time--> scale bytes, steps
  *     channels in panels of P, held in P R registers:
  *         panel[i] -= error[c] * feedback[c][i]       for all channels c before the panel, in their order
- *         panel[i] --round--> mantissa, error[i]; panel[i + 1 ..] -= error[i] * feedback[i][i + 1 ..]
+ *         panel[i] -= error[c] * feedback[c][i]       for the panel's own channels c < i; --round--> mantissa, error[i]
  *     mantissas --four to a quad--> quads [n_quads][R]
  *
  *     P R registers of y:    R = 3, P = 4       R = 1, P = 8: fewer tokens
@@ -117,8 +117,8 @@ ALWAYS_INLINE void load_heads(const struct head_transform *transform, uint32_t h
 }
 
 /* Partial sum `residue` of a block's squared errors, for two steps. */
-ALWAYS_INLINE void add_partial(const lanes *y, uint32_t n, uint32_t residue, const struct lanes_step *steps, lanes *sums,
-                               const uint32_t R, const bool is_scaled)
+ALWAYS_INLINE void add_partial(const lanes *y, uint32_t n, uint32_t residue, const struct lanes_step *steps,
+                               lanes *sums, const uint32_t R, const bool is_scaled)
 {
     lanes first = lanes_set(0.0f), second = lanes_set(0.0f);
 #pragma GCC unroll 2
@@ -201,15 +201,15 @@ ALWAYS_INLINE void round_panel(lanes *y, const float *feedback, uint32_t head_di
     lanes panel[MAX_PANEL];
 #pragma GCC unroll 12
     for (uint32_t i = 0; i < P * R; i++)
-        panel[i] = y[first * R + i];
+        panel[i] = y[(size_t)first * R + i];
     const float *row = feedback ? feedback + first : NULL;
-    for (uint32_t c = 0; feedback && c < first; c++, row += head_dim)
+    lanes *own = y + (size_t)first * R;
+    for (const lanes *errors = y; feedback && errors < own; errors += R, row += head_dim)
 #pragma GCC unroll 8
         for (uint32_t i = 0; i < P; i++)
 #pragma GCC unroll 3
             for (uint32_t r = 0; r < R; r++)
-                panel[i * R + r] = lanes_minus_product(panel[i * R + r], y[c * R + r], lanes_set(row[i]));
-    y += first * R;
+                panel[i * R + r] = lanes_minus_product(panel[i * R + r], errors[r], lanes_set(row[i]));
 #pragma GCC unroll 8
     for (uint32_t i = 0; i < P; i++)
 #pragma GCC unroll 3
@@ -217,10 +217,10 @@ ALWAYS_INLINE void round_panel(lanes *y, const float *feedback, uint32_t head_di
             lanes x = panel[i * R + r];
 #pragma GCC unroll 8
             for (uint32_t c = 0; feedback && c < i; c++) /* only the last of them waits for the channel before */
-                x = lanes_minus_product(x, y[c * R + r], lanes_set(row[c * head_dim + i]));
+                x = lanes_minus_product(x, own[c * R + r], lanes_set(row[(size_t)c * head_dim + i]));
             lanes mantissa = lanes_mantissa(lanes_units(x, &steps[r], is_scaled), &steps[r]);
             mantissas[i * R + r] = mantissa;
-            y[i * R + r] = lanes_minus_product(x, mantissa, steps[r].step);
+            own[i * R + r] = lanes_minus_product(x, mantissa, steps[r].step);
         }
 }
 
@@ -251,7 +251,7 @@ ALWAYS_INLINE void encode_group(const struct head_transform *transform, const st
     uint32_t head_dim = layout->head_dim;
     lanes rotated[KSORT_MAX_HEAD_DIM * MAX_REGISTERS], y[KSORT_MAX_HEAD_DIM * MAX_REGISTERS], mantissas[MAX_PANEL];
     struct lanes_step steps[MAX_BLOCKS][MAX_REGISTERS];
-    uint32_t(*quads)[GROUP_TOKENS] = (uint32_t(*)[GROUP_TOKENS]) & encoded->quads[0][first_token];
+    uint32_t (*quads)[GROUP_TOKENS] = (uint32_t (*)[GROUP_TOKENS]) & encoded->quads[0][first_token];
     load_heads(transform, head_dim, n_tokens, heads, stride, rotated, R);
     for (uint32_t b = 0; b < layout->n_blocks; b++)
         choose_steps(layout, transform->permutation, rotated, b, y, &encoded->exponents[b][first_token], steps[b], R,

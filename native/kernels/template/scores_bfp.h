@@ -2,7 +2,7 @@
  *
  *     word w of LANES tokens  --key_quads-->  quads: register q holds channels 4q .. 4q+3 of LANES tokens
  *     for up to ROWS_AT_ONCE rows at once: dots of every block += quad x (query quad, the same in all lanes)
- *     scores[row][LANES tokens] += dot * 2^exponent of LANES tokens * the row's factor
+ *     scores[row][LANES tokens] += dot * the block's scale of LANES tokens * the row's factor
  *
  * No sum runs across lanes. Quads (up to 4 KB, on the stack) are unpacked once for all rows; ROWS_AT_ONCE rows keep as
  * many dots and scores in registers and use each loaded quad as often.
@@ -23,14 +23,20 @@
 struct key_lanes {
     const struct head_layout *layout;
     quad_lanes quads[MAX_QUADS];
-    lanes scales[MAX_BLOCKS]; /* 2^(exponent - 127) of the tokens, 0 where the block is zero */
+    lanes scales[MAX_BLOCKS]; /* of the tokens, 0 where the block is zero */
 };
 
 ALWAYS_INLINE void load_scales(const struct tile_span *keys, uint32_t first_token, struct key_lanes *tokens)
 {
+    const uint8_t *codes = keys->tile + exponent_offset(keys->layout, 0, first_token);
+    const uint32_t n_blocks = keys->layout->n_blocks;
     tokens->layout = keys->layout;
-    for (uint32_t b = 0; b < keys->layout->n_blocks; b++)
-        tokens->scales[b] = exponent_scales(keys->tile + exponent_offset(keys->layout, b, first_token));
+    if (keys->layout->is_scaled)
+        for (uint32_t b = 0; b < n_blocks; b++)
+            tokens->scales[b] = block_scales(codes + b * KSORT_TILE_TOKENS, true);
+    else
+        for (uint32_t b = 0; b < n_blocks; b++)
+            tokens->scales[b] = block_scales(codes + b * KSORT_TILE_TOKENS, false);
 }
 
 /* Quads of block b end here; the padding after the last channel belongs to the last block. */

@@ -2,7 +2,7 @@
  *
  *   1. once a tile: words --unpack, transpose--> mantissas by columns of 16 channels, in bytes (up to 16 KB, on the
  *      stack):     columns [head_dim / 16][64 tokens][16 channels]
- *   2. once for up to ROWS_AT_ONCE rows: weights * 2^exponent, so that blocks cost nothing in the loop of products:
+ *   2. once for up to ROWS_AT_ONCE rows: weights * scale, so that blocks cost nothing in the loop of products:
  *                  scaled [blocks][ROWS_AT_ONCE rows][64 tokens]
  *
  * Tokens outside the span are not to be multiplied: their bytes may be stale, and their scaled weights infinite or NaN.
@@ -35,15 +35,15 @@ static void unpack_columns(const struct tile_span *values, mantissa_column *colu
     }
 }
 
-/* scaled[block][row][token] = weights[row][token] * 2^(exponent - 127) * 2^-(mantissa_bits - 2). */
-ALWAYS_INLINE void scale_weights(const struct tile_span *values, uint32_t n_rows,
+/* scaled[block][row][token] = weights[row][token] * the block's scale * mantissa_unit. is_scaled is a constant. */
+ALWAYS_INLINE void scale_weights(const struct tile_span *values, const bool is_scaled, uint32_t n_rows,
                                  const float (*weights)[KSORT_TILE_TOKENS], scaled_weights *scaled)
 {
     const struct head_layout *layout = values->layout;
-    const lanes mantissa_unit = lanes_all(bits_float((127 - (layout->mantissa_bits - 2)) << 23));
+    const lanes unit = lanes_all(mantissa_unit(layout));
     for (uint32_t b = 0; b < layout->n_blocks; b++)
         for (uint32_t token = 0; token < KSORT_TILE_TOKENS; token += LANES) {
-            lanes step = exponent_scales(values->tile + exponent_offset(layout, b, token)) * mantissa_unit;
+            lanes step = block_scales(values->tile + exponent_offset(layout, b, token), is_scaled) * unit;
             for (uint32_t r = 0; r < n_rows; r++)
                 lanes_store(&scaled[b][r][token], lanes_load(&weights[r][token]) * step);
         }
@@ -63,7 +63,10 @@ ALWAYS_INLINE void accumulate_bfp(const struct tile_span *values, uint32_t n_row
     unpack_columns(values, columns);
     for (uint32_t row = 0; row < n_rows; row += ROWS_AT_ONCE) {
         uint32_t n = (uint32_t)min_size(n_rows - row, ROWS_AT_ONCE);
-        scale_weights(values, n, weights + row, scaled);
+        if (values->layout->is_scaled)
+            scale_weights(values, true, n, weights + row, scaled);
+        else
+            scale_weights(values, false, n, weights + row, scaled);
         accumulate_some(values, (const mantissa_column *)columns, n, (const scaled_weights *)scaled, rescale + row,
                         accumulators + row * stride, stride);
     }

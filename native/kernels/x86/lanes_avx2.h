@@ -67,8 +67,8 @@ ALWAYS_INLINE lanes_int lanes_to_int(lanes x)
 /* Four channels' mantissas as the bytes of 8 tokens' quads: first [4 channels][4 tokens] bytes in each 128-bit half. */
 ALWAYS_INLINE lanes_int lanes_quad(lanes a, lanes b, lanes c, lanes d)
 {
-    const __m256i by_token = _mm256_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15, 0, 4, 8, 12, 1, 5, 9,
-                                              13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const __m256i by_token = _mm256_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15, 0, 4, 8, 12, 1, 5,
+                                              9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     __m256i ab = _mm256_packs_epi32(_mm256_cvtps_epi32(a), _mm256_cvtps_epi32(b));
     __m256i cd = _mm256_packs_epi32(_mm256_cvtps_epi32(c), _mm256_cvtps_epi32(d));
     return (lanes_int)_mm256_shuffle_epi8(_mm256_packs_epi16(ab, cd), by_token);

@@ -67,7 +67,8 @@ ALWAYS_INLINE lanes_int lanes_to_int(lanes x)
 /* Four channels' mantissas as the bytes of 16 tokens' quads: first [4 channels][4 tokens] bytes in each 128-bit part. */
 ALWAYS_INLINE lanes_int lanes_quad(lanes a, lanes b, lanes c, lanes d)
 {
-    const __m512i by_token = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+    const __m512i by_token =
+        _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
     __m512i ab = _mm512_packs_epi32(_mm512_cvtps_epi32(a), _mm512_cvtps_epi32(b));
     __m512i cd = _mm512_packs_epi32(_mm512_cvtps_epi32(c), _mm512_cvtps_epi32(d));
     return (lanes_int)_mm512_shuffle_epi8(_mm512_packs_epi16(ab, cd), by_token);

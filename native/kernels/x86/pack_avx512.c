@@ -1,12 +1,13 @@
 /* Packing with AVX-512, one head of one token a call, 16 channels a register:
  *
- *     x [16] f32 --> block maximum (integer compare of magnitudes) --> exponent
+ *     x [16] f32 --> block maximum (integer compare of magnitudes) --> exponent, or SBFP's scale
  *     x [16] f32 --> x / step --> i32, ties to even --> clamp --> i8 [16]
  *
  * Bytes moved: 4 head_dim in, head_dim + blocks out (to the stack; the words follow from there).
  */
 #include <immintrin.h>
 
+#include "half.h"
 #include "rounding.h"
 #include "x86/x86.h"
 
@@ -29,28 +30,60 @@ uint32_t ksort_avx512_max_magnitude(const float *x, size_t n)
     return _mm512_reduce_max_epu32(max);
 }
 
+/* 16 channels in units of a block's step: times its inverse, or divided by `first`, an SBFP scale before rounding. */
+typedef __m512 units_function(__m512 x, struct step_inverse inverse);
+
+ALWAYS_INLINE __m512 units_of_exponent(__m512 x, struct step_inverse inverse)
+{
+    return _mm512_mul_ps(_mm512_mul_ps(x, _mm512_set1_ps(inverse.first)), _mm512_set1_ps(inverse.second));
+}
+
+ALWAYS_INLINE __m512 units_of_scale(__m512 x, struct step_inverse scale)
+{
+    return _mm512_div_ps(x, _mm512_set1_ps(scale.first));
+}
+
+/* Channels of one block that is not stored as zeros. */
+ALWAYS_INLINE void round_block(const float *x, uint32_t n, struct step_inverse inverse, units_function *units,
+                               int32_t limit, int8_t *mantissas)
+{
+    const __m512i highest = _mm512_set1_epi32(limit), lowest = _mm512_set1_epi32(-limit);
+    for (uint32_t c = 0; c < n; c += 16) {
+        __mmask16 lanes = first_lanes(n - c);
+        __m512i rounded = _mm512_cvtps_epi32(units(_mm512_maskz_loadu_ps(lanes, x + c), inverse));
+        rounded = _mm512_max_epi32(_mm512_min_epi32(rounded, highest), lowest);
+        _mm512_mask_cvtepi32_storeu_epi8(mantissas + c, lanes, rounded);
+    }
+}
+
 void ksort_avx512_round_bfp(const float *x, uint32_t head_dim, uint32_t block_size, uint32_t mantissa_bits,
                             int8_t *mantissas, uint8_t *exponents)
 {
-    const __m512i limit = _mm512_set1_epi32((1 << (mantissa_bits - 1)) - 1);
-    const __m512i lowest = _mm512_sub_epi32(_mm512_setzero_si512(), limit);
+    const int32_t limit = (1 << (mantissa_bits - 1)) - 1;
     for (uint32_t begin = 0; begin < head_dim; begin += block_size) {
-        uint32_t end = (uint32_t)min_size(begin + block_size, head_dim);
-        uint32_t exponent = ksort_avx512_max_magnitude(x + begin, end - begin) >> 23;
+        uint32_t n = (uint32_t)min_size(block_size, head_dim - begin);
+        uint32_t exponent = ksort_avx512_max_magnitude(x + begin, n) >> 23;
         *exponents++ = (uint8_t)exponent;
-        if (exponent == 0) {
-            memset(mantissas + begin, 0, end - begin);
-            continue;
-        }
-        struct step_inverse inverse = step_inverse_of(exponent, mantissa_bits);
-        const __m512 first = _mm512_set1_ps(inverse.first), second = _mm512_set1_ps(inverse.second);
-        for (uint32_t c = begin; c < end; c += 16) {
-            __mmask16 lanes = first_lanes(end - c);
-            __m512 scaled = _mm512_mul_ps(_mm512_mul_ps(_mm512_maskz_loadu_ps(lanes, x + c), first), second);
-            __m512i rounded = _mm512_cvtps_epi32(scaled);
-            rounded = _mm512_max_epi32(_mm512_min_epi32(rounded, limit), lowest);
-            _mm512_mask_cvtepi32_storeu_epi8(mantissas + c, lanes, rounded);
-        }
+        if (exponent == 0)
+            memset(mantissas + begin, 0, n);
+        else
+            round_block(x + begin, n, step_inverse_of(exponent, mantissa_bits), units_of_exponent, limit,
+                        mantissas + begin);
+    }
+}
+
+void ksort_avx512_round_sbfp(const float *x, uint32_t head_dim, uint32_t block_size, uint32_t mantissa_bits,
+                             int8_t *mantissas, uint8_t *codes)
+{
+    const int32_t limit = (1 << (mantissa_bits - 1)) - 1;
+    for (uint32_t begin = 0; begin < head_dim; begin += block_size) {
+        uint32_t n = (uint32_t)min_size(block_size, head_dim - begin);
+        float scale = bits_float(ksort_avx512_max_magnitude(x + begin, n)) / (float)limit;
+        *codes = scale_of_float(scale);
+        if (*codes++ == 0)
+            memset(mantissas + begin, 0, n);
+        else
+            round_block(x + begin, n, (struct step_inverse){scale, 1.0f}, units_of_scale, limit, mantissas + begin);
     }
 }
 

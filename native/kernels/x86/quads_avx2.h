@@ -6,11 +6,14 @@
 
 typedef __m256i quad_lanes;
 
-/* 2^(exponent - 127) of 8 tokens. */
-ALWAYS_INLINE lanes exponent_scales(const uint8_t *exponents)
+/* The scales of a block of 8 tokens: 2^(exponent - 127), or SBFP's own, the upper bytes of f16. is_scaled is a
+ * constant. */
+ALWAYS_INLINE lanes block_scales(const uint8_t *codes, const bool is_scaled)
 {
-    __m256i bits = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)exponents));
-    return _mm256_castsi256_ps(_mm256_slli_epi32(bits, 23));
+    __m128i bytes = _mm_loadl_epi64((const __m128i *)codes);
+    if (is_scaled)
+        return _mm256_cvtph_ps(_mm_unpacklo_epi8(_mm_setzero_si128(), bytes));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu8_epi32(bytes), 23));
 }
 
 ALWAYS_INLINE lanes quads_to_float(quad_lanes sums)
@@ -42,6 +45,17 @@ ALWAYS_INLINE __m256i load_word(const struct tile_span *span, uint32_t w, uint32
     return _mm256_loadu_si256((const __m256i *)(span->tile + word_offset(span->layout, w, first_token)));
 }
 
+/* Words 0, 1, 2 of a group of SBFP11 -> 8 quads. */
+ALWAYS_INLINE void unpack_sbfp11(__m256i low0123, __m256i low4567, __m256i high, __m256i quads[8])
+{
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) {
+        __m256i low = mask_bytes(_mm256_srli_epi32(i < 4 ? low0123 : low4567, 2 * (i % 4)), 0x03);
+        __m256i sign = i < 2 ? _mm256_slli_epi32(high, 2 - i) : _mm256_srli_epi32(high, i - 2);
+        quads[i] = sign_extend(_mm256_or_si256(low, mask_bytes(sign, 0x04)), 0x04);
+    }
+}
+
 /* All quads of the 8 tokens from first_token on, mantissas sign-extended to bytes. */
 ALWAYS_INLINE void unpack_quads(const struct tile_span *span, uint32_t first_token, __m256i *quads)
 {
@@ -62,6 +76,10 @@ ALWAYS_INLINE void unpack_quads(const struct tile_span *span, uint32_t first_tok
             for (int i = 0; i < 4; i++)
                 quads[i] = sign_extend(_mm256_or_si256(mask_bytes(low[i], 0x0F), mask_bytes(high_at_4[i], 0x30)), 0x20);
         }
+    } else if (span->layout->mantissa_bits == 3) {
+        for (uint32_t w = 0; w < n_words; w += 3, quads += 8)
+            unpack_sbfp11(load_word(span, w, first_token), load_word(span, w + 1, first_token),
+                          load_word(span, w + 2, first_token), quads);
     } else {
         for (uint32_t w = 0; w < n_words; w++)
             quads[w] = load_word(span, w, first_token);

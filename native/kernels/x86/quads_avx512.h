@@ -7,11 +7,14 @@
 
 typedef __m512i quad_lanes;
 
-/* 2^(exponent - 127) of 16 tokens. */
-ALWAYS_INLINE lanes exponent_scales(const uint8_t *exponents)
+/* The scales of a block of 16 tokens: 2^(exponent - 127), or SBFP's own, the upper bytes of f16. is_scaled is a
+ * constant. */
+ALWAYS_INLINE lanes block_scales(const uint8_t *codes, const bool is_scaled)
 {
-    __m512i bits = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)exponents));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 23));
+    __m128i bytes = _mm_loadu_si128((const __m128i *)codes);
+    if (is_scaled)
+        return _mm512_cvtph_ps(_mm256_slli_epi16(_mm256_cvtepu8_epi16(bytes), 8));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu8_epi32(bytes), 23));
 }
 
 ALWAYS_INLINE lanes quads_to_float(quad_lanes sums)
@@ -28,6 +31,18 @@ ALWAYS_INLINE lanes byte_to_float(quad_lanes quad, const int byte)
 ALWAYS_INLINE __m512i mask_bytes(__m512i x, char mask)
 {
     return _mm512_and_si512(x, _mm512_set1_epi8(mask));
+}
+
+/* Words 0, 1, 2 of a group of SBFP11 -> 8 quads, mantissas plus 4 less `bias`. */
+ALWAYS_INLINE void unpack_flipped_sbfp11(const __m512i words[3], __m512i bias, __m512i quads[8])
+{
+    const __m512i high = _mm512_xor_si512(words[2], _mm512_set1_epi8(-1));
+#pragma GCC unroll 8
+    for (uint32_t i = 0; i < 8; i++) {
+        __m512i low = mask_bytes(_mm512_srli_epi32(words[i / 4], 2 * (i % 4)), 0x03);
+        __m512i sign = i < 2 ? _mm512_slli_epi32(high, 2 - i) : _mm512_srli_epi32(high, i - 2);
+        quads[i] = _mm512_sub_epi8(_mm512_or_si512(low, mask_bytes(sign, 0x04)), bias);
+    }
 }
 
 /* All quads of the 16 tokens from first_token on, mantissas plus 2^(mantissa_bits-1), less `bias`, in bytes. Flipping a
@@ -58,6 +73,9 @@ ALWAYS_INLINE void unpack_flipped_quads(const struct tile_span *span, uint32_t f
             quads[2] = _mm512_sub_epi8(q2, bias);
             quads[3] = _mm512_sub_epi8(q3, bias);
         }
+    } else if (layout->mantissa_bits == 3) {
+        for (uint32_t w = 0; w < layout->n_words; w += 3, quads += 8)
+            unpack_flipped_sbfp11(in + w, bias, quads);
     } else {
         for (uint32_t w = 0; w < layout->n_words; w++)
             quads[w] = _mm512_sub_epi8(_mm512_xor_si512(in[w], _mm512_set1_epi8((char)0x80)), bias);

@@ -1,7 +1,7 @@
 /* Integer scores with VNNI: vpdpbusd adds four products of an unsigned key byte (mantissa + 2^(mantissa_bits-1)) and a
  * signed query byte to each lane, without saturation. The surplus is in the offset that a block's sum starts from.
  *
- * Up to 4 rows of BFP12 keys, as in a decode step: words become quads in registers and are multiplied at once, several
+ * Up to 4 rows of BFP12 or SBFP12 keys, as in a decode step: words become quads in registers and are multiplied at once, several
  * strips side by side, so that 4 to 8 sums hide the latency of 4 cycles:
  *
  *             strip 0  strip 1  (.. 3 for 1 or 2 rows)
@@ -34,10 +34,10 @@ ALWAYS_INLINE quad_lanes dot_quad(quad_lanes sum, quad_lanes key, int32_t query)
 
 #include "template/scores_bfp.h"
 
-/* Strips from first_token on, all rows of `queries`. n_rows (up to FEW_ROWS) and n_strips are constants. */
-ALWAYS_INLINE void strips_of_few_rows(const struct tile_span *keys, const struct query_rows *queries,
-                                      uint32_t first_token, const int n_rows, const int n_strips,
-                                      float (*scores)[KSORT_TILE_TOKENS])
+/* Strips from first_token on, all rows of `queries`. is_scaled, n_rows (up to FEW_ROWS) and n_strips are constants. */
+ALWAYS_INLINE void strips_of_few_rows(const struct tile_span *keys, const bool is_scaled,
+                                      const struct query_rows *queries, uint32_t first_token, const int n_rows,
+                                      const int n_strips, float (*scores)[KSORT_TILE_TOKENS])
 {
     const struct head_layout *layout = keys->layout;
     const __m512i sign_bits = _mm512_set1_epi8((char)0x88), nibble = _mm512_set1_epi8(0x0F);
@@ -68,10 +68,9 @@ ALWAYS_INLINE void strips_of_few_rows(const struct tile_span *keys, const struct
                 }
             }
         for (int s = 0; s < n_strips; s++) {
-            const uint8_t *exponents = keys->tile + exponent_offset(layout, b, first_token + STRIP_TOKENS * s);
-            PREFETCH_NEXT(exponents + to_next);
-            __m512i bits = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)exponents));
-            __m512 scale = _mm512_castsi512_ps(_mm512_slli_epi32(bits, 23));
+            const uint8_t *codes = keys->tile + exponent_offset(layout, b, first_token + STRIP_TOKENS * s);
+            PREFETCH_NEXT(codes + to_next);
+            __m512 scale = block_scales(codes, is_scaled);
             for (int r = 0; r < n_rows; r++) {
                 __m512 factor = _mm512_mul_ps(scale, _mm512_set1_ps(queries->factors[r][b]));
                 sums[r][s] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots[r][s]), factor, sums[r][s]);
@@ -83,26 +82,34 @@ ALWAYS_INLINE void strips_of_few_rows(const struct tile_span *keys, const struct
             _mm512_storeu_ps(&scores[r][first_token + STRIP_TOKENS * s], sums[r][s]);
 }
 
-/* n_rows and n_strips are constants. Strips beside the span's lie in the tile too: their scores are not looked at. */
-ALWAYS_INLINE void few_rows(const struct tile_span *keys, const struct query_rows *queries, const int n_rows,
-                            const int n_strips, float (*scores)[KSORT_TILE_TOKENS])
+/* is_scaled, n_rows and n_strips are constants. Strips beside the span's lie in the tile too: their scores are not looked at. */
+ALWAYS_INLINE void few_rows(const struct tile_span *keys, const bool is_scaled, const struct query_rows *queries,
+                            const int n_rows, const int n_strips, float (*scores)[KSORT_TILE_TOKENS])
 {
     const uint32_t step = (uint32_t)n_strips * STRIP_TOKENS;
     for (uint32_t token = keys->begin / step * step; token < keys->end; token += step)
-        strips_of_few_rows(keys, queries, token, n_rows, n_strips, scores);
+        strips_of_few_rows(keys, is_scaled, queries, token, n_rows, n_strips, scores);
+}
+
+/* is_scaled is a constant. */
+ALWAYS_INLINE void all_rows(const struct tile_span *keys, const bool is_scaled, const struct query_rows *queries,
+                            float (*scores)[KSORT_TILE_TOKENS])
+{
+    switch (queries->n_rows) {
+    case 1: few_rows(keys, is_scaled, queries, 1, 4, scores); break;
+    case 2: few_rows(keys, is_scaled, queries, 2, 4, scores); break;
+    case 3: few_rows(keys, is_scaled, queries, 3, 2, scores); break;
+    default: few_rows(keys, is_scaled, queries, 4, 2, scores);
+    }
 }
 
 void ksort_avx512vnni_scores_bfp_by_bfp(const struct tile_span *keys, const struct query_rows *queries,
                                         float (*scores)[KSORT_TILE_TOKENS])
 {
-    if (keys->layout->mantissa_bits != 4 || queries->n_rows > FEW_ROWS) {
+    if (keys->layout->mantissa_bits != 4 || queries->n_rows > FEW_ROWS)
         scores_by_bfp(keys, queries, scores);
-        return;
-    }
-    switch (queries->n_rows) {
-    case 1: few_rows(keys, queries, 1, 4, scores); break;
-    case 2: few_rows(keys, queries, 2, 4, scores); break;
-    case 3: few_rows(keys, queries, 3, 2, scores); break;
-    default: few_rows(keys, queries, 4, 2, scores);
-    }
+    else if (keys->layout->is_scaled)
+        all_rows(keys, true, queries, scores);
+    else
+        all_rows(keys, false, queries, scores);
 }

@@ -5,6 +5,7 @@ const struct kernels ksort_kernels_avx2 = {
     .max_magnitude = ksort_avx2_max_magnitude,
     .rope = ksort_avx2_rope,
     .round_bfp = ksort_avx2_round_bfp,
+    .round_sbfp = ksort_avx2_round_sbfp,
     .transform_key = ksort_avx2_transform_key,
     .transform_query = ksort_avx2_transform_query,
     .restore_value = ksort_avx2_restore_value,

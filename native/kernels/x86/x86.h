@@ -13,7 +13,7 @@ extern const struct kernels ksort_kernels_avx2, ksort_kernels_avx512bw, ksort_ke
 
 max_magnitude_function ksort_avx2_max_magnitude;
 rope_function ksort_avx2_rope;
-round_function ksort_avx2_round_bfp;
+round_function ksort_avx2_round_bfp, ksort_avx2_round_sbfp;
 transform_function ksort_avx2_transform_key, ksort_avx2_transform_query;
 restore_function ksort_avx2_restore_value;
 encode_function ksort_avx2_encode_transformed;
@@ -24,7 +24,7 @@ accumulate_function ksort_avx2_accumulate_float, ksort_avx2_accumulate_bfp;
 
 max_magnitude_function ksort_avx512_max_magnitude;
 rope_function ksort_avx512_rope;
-round_function ksort_avx512_round_bfp;
+round_function ksort_avx512_round_bfp, ksort_avx512_round_sbfp;
 transform_function ksort_avx512_transform_key, ksort_avx512_transform_query;
 restore_function ksort_avx512_restore_value;
 encode_function ksort_avx512_encode_transformed;

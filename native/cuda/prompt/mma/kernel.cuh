@@ -33,8 +33,8 @@ __device__ inline void add_tile(lane_rows<HEAD_DIM> &rows, const uint32_t (&q)[H
 {
     uint32_t p[PARTS][KEY_STEPS][4];
     rows.template weigh_tile<PARTS>(
-        p, tiles.job, tiles.block, threadIdx.x / WARP * MMA_ROWS, tile, log2_scale,
-        [&](float (&scores)[TILE / 8][4]) { key_product<HEAD_DIM>(scores, q, tiles.keys(tile)); });
+        p, tiles.job, tiles.block, threadIdx.x / WARP * MMA_ROWS, tile, section::packed, tile == tiles.block.first_tile,
+        log2_scale, [&](float (&scores)[TILE / 8][4]) { key_product<HEAD_DIM>(scores, q, tiles.keys(tile)); });
     rows.raise_top(top);
     value_product<HEAD_DIM, PARTS>(rows.out, p, tiles.values(tile));
 }
@@ -64,6 +64,7 @@ __global__ void __launch_bounds__(prompt_shape<HEAD_DIM>::threads, prompt_shape<
     lane_rows<HEAD_DIM> rows;
     uint32_t warp = threadIdx.x / WARP;
     rows.init(job);
+    rows.load_exact(job, block, warp * MMA_ROWS);
     float log2_scale = log2_scale_of(job);
     uint32_t q[HEAD_DIM / 16][4];
 

@@ -62,6 +62,35 @@ __device__ inline void key_product(float (&scores)[TILE / 8][4], const uint32_t 
         }
 }
 
+/* scores[64 tokens] = (sum of the two parts of q) k^T in f16. The parts are 64 rows each, in panels, of which the
+ * warp has 16. */
+template <int HEAD_DIM>
+__device__ inline void exact_key_product(float (&scores)[TILE / 8][4], const uint8_t *high_smem,
+                                         const uint8_t *low_smem, const uint8_t *k_smem)
+{
+    uint32_t lane = threadIdx.x % WARP, row = threadIdx.x / WARP * 16 + lane % 16, k_address = smem_address(k_smem);
+#pragma unroll
+    for (int n = 0; n < TILE / 8; n++)
+#pragma unroll
+        for (int e = 0; e < 4; e++)
+            scores[n][e] = 0.0f;
+#pragma unroll
+    for (int k = 0; k < HEAD_DIM / 16; k++) {
+        uint32_t high[4], low[4], at = chunk_offset(TILE, row, 2 * k + lane / 16);
+        load_matrices(high, smem_address(high_smem) + at);
+        load_matrices(low, smem_address(low_smem) + at);
+#pragma unroll
+        for (int n = 0; n < TILE / 8; n += 2) {
+            uint32_t b[4];
+            load_matrices(b, k_address + chunk_offset(TILE, 8 * n + lane / 16 * 8 + lane % 8, 2 * k + lane / 8 % 2));
+            mma_values(scores[n], high, b[0], b[1]);
+            mma_values(scores[n + 1], high, b[2], b[3]);
+            mma_values(scores[n], low, b[0], b[1]);
+            mma_values(scores[n + 1], low, b[2], b[3]);
+        }
+    }
+}
+
 /* out += (sum of the parts of p) v */
 template <int HEAD_DIM, int PARTS>
 __device__ inline void value_product(float (&out)[HEAD_DIM / 8][4], const uint32_t (&p)[PARTS][KEY_STEPS][4],

@@ -62,8 +62,8 @@ __device__ inline uint4 scaled_chunk(uint32_t quad_0, uint32_t quad_1, typename 
                       scaled_pair<PAIR, BITS>(quad_1, 0x4140, scale), scaled_pair<PAIR, BITS>(quad_1, 0x4342, scale));
 }
 
-/* Words that an item is made of: one of 4-bit mantissas or two of BFP16 make a chunk, three of BFP14 make two, as do two
- * of SBFP11: one of low bits, and one of high bits, half of which are another item's. */
+/* Words that an item is made of: one of 4-bit mantissas or two of BFP16 make a chunk, three of BFP14 make two, as do
+ * two of SBFP11: one of low bits, and one of high bits, half of which are another item's. */
 template <int BITS>
 constexpr uint32_t ITEM_WORDS = BITS == 4   ? 1
                                 : BITS == 6 ? 3

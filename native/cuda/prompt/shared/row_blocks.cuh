@@ -4,18 +4,19 @@
 #ifndef KSORT_CUDA_PROMPT_SHARED_ROW_BLOCKS_CUH
 #define KSORT_CUDA_PROMPT_SHARED_ROW_BLOCKS_CUH
 
+#include "common/exact.cuh"
 #include "common/phases.cuh"
 #include "prompt/shared/panels.cuh"
 
 constexpr int MMA_ROWS = 16;
 
-/* The rows of a CTA and the tiles they see. */
+/* The rows of a CTA and the packed tiles they see. */
 struct row_block {
     uint32_t context, kv_head;
     uint32_t begin, end;        /* rows */
     uint32_t n_cached, n_slots; /* of the context; n_slots with the new tokens */
     uint32_t first_tile, end_tile;
-    uint32_t whole_begin, whole_end; /* slots that every row sees */
+    uint32_t whole_begin, whole_end; /* packed slots that every row sees */
 };
 
 /* First slot that the token in `slot` sees. */
@@ -24,15 +25,28 @@ __device__ inline uint32_t first_seen(uint32_t slot, uint32_t window)
     return window && slot + 1 > window ? slot + 1 - window : 0;
 }
 
-/* Finds the tiles that a block's rows see. */
+/* What the token in `slot` sees. Sections of later tokens begin and end no earlier. Where the ring begins is read
+ * again: registers are scarce, and few tiles need it. */
+__device__ inline slot_sections sections_of_token(const attend_job &job, const row_block &block, uint32_t slot)
+{
+    return sections_of(job.k.exact, exact_begin(job.k.exact, block.context), first_seen(slot, job.window), slot + 1);
+}
+
+/* Of a row of the block. */
+__device__ inline uint32_t slot_of_row(const attend_job &job, const row_block &block, uint32_t row)
+{
+    return block.n_cached + row / job.group;
+}
+
+/* Finds the packed tiles that a block's rows see. */
 __device__ inline void find_tiles(const attend_job &job, row_block &block)
 {
-    uint32_t first_slot = block.n_cached + block.begin / job.group;
-    uint32_t last_slot = block.n_cached + (block.end - 1) / job.group;
-    block.first_tile = first_seen(first_slot, job.window) / TILE;
-    block.end_tile = last_slot / TILE + 1;
-    block.whole_begin = first_seen(last_slot, job.window);
-    block.whole_end = first_slot + 1;
+    slot_sections first = sections_of_token(job, block, slot_of_row(job, block, block.begin));
+    slot_sections last = sections_of_token(job, block, slot_of_row(job, block, block.end - 1));
+    block.first_tile = first.sinks_end / TILE;
+    block.end_tile = first.sinks_end < last.tail_begin ? (last.tail_begin + TILE - 1) / TILE : block.first_tile;
+    block.whole_begin = last.sinks_end;
+    block.whole_end = first.tail_begin;
 }
 
 /* The tokens that a launch takes: those in slots begin .. end-1 of their contexts. */
@@ -81,17 +95,17 @@ __device__ inline bool find_rows(const attend_job &job, slot_range range, uint32
     return true;
 }
 
-/* Rows first .. first + n - 1 of a block, as far as it has them, and the tiles that these see: none if there are none.
- * */
+/* Rows first .. first + n - 1 of a block, as far as it has them, and the tiles that these see, of the block's. */
 __device__ inline row_block rows_of_block(const attend_job &job, const row_block &block, uint32_t first, uint32_t n)
 {
     row_block part = block;
     part.begin = min(block.begin + first, block.end);
     part.end = min(part.begin + n, block.end);
-    if (part.begin == part.end)
-        part.end_tile = part.first_tile;
-    else
+    part.end_tile = part.first_tile;
+    if (part.begin < part.end)
         find_tiles(job, part);
+    if (part.first_tile == part.end_tile)
+        part.first_tile = part.end_tile = block.first_tile;
     return part;
 }
 

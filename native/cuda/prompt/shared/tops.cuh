@@ -1,12 +1,14 @@
 /* Tops: by which power of two values of prompt attention are scaled, so that f16 holds them.
  *
- * Values stand in panels as v * 2^(UNIT_TOP - top), where top is at least the exponent (plus 127) of every value that a
- * CTA has seen: so below 2^8, whose products with what lifts bytes (value_pair) f16 still holds. A block 2^-25 of the
- * largest keeps all its bits; smaller ones may be lost. f16 values stay as they are: their top is UNIT_TOP. bf16 and
- * BFP start at FIRST_TOP, so that a scale from exponent 0 is 0 and 2^(UNIT_TOP - top) a float32.
+ * Values stand in panels as v * 2^(UNIT_TOP - top), where top is at least the exponent (plus 127) of every value that
+ * a CTA has seen: so below 2^8, whose products with what lifts bytes (value_pair) f16 still holds. A block 2^-25 of
+ * the largest keeps all its bits; smaller ones may be lost. f16 values stay as they are: their top is UNIT_TOP. bf16
+ * and BFP start at FIRST_TOP, so that a scale from exponent 0 is 0 and 2^(UNIT_TOP - top) a float32. Sums over exact
+ * rows, which come first where there are any, are below 2^38 (values of f16, weights up to 2^15, 2^7 slots a lane and
+ * tile): a float32 too, scaled from FIRST_EXACT_TOP.
  *
- * SBFP: scales with f16's exponent bits e are below 2^(e - 14), values below 2^(e - 11): their top is e + SCALED_TOP. Up
- * to FIRST_SCALED_TOP all scales there are, multiples of 2^-16, are exact in f16.
+ * SBFP: scales with f16's exponent bits e are below 2^(e - 14), values below 2^(e - 11): their top is e + SCALED_TOP.
+ * Up to FIRST_SCALED_TOP all scales there are, multiples of 2^-16, are exact in f16.
  */
 #ifndef KSORT_CUDA_PROMPT_SHARED_TOPS_CUH
 #define KSORT_CUDA_PROMPT_SHARED_TOPS_CUH
@@ -15,6 +17,7 @@
 
 constexpr int UNIT_TOP = 127 + 7;
 constexpr int FIRST_TOP = 32;
+constexpr int FIRST_EXACT_TOP = 64;
 constexpr int SCALED_TOP = 127 - 12;
 constexpr int FIRST_SCALED_TOP = UNIT_TOP + 8;
 

@@ -159,7 +159,8 @@ struct tile_consumer {
             uint32_t p[PARTS][KEY_STEPS][4];
             tile_place next = {};
             tile.wait_for_keys(rings);
-            rows.template weigh_tile<PARTS>(p, job, own, first_row(), slot_tile, whole_job.log2_scale,
+            rows.template weigh_tile<PARTS>(p, job, own, first_row(), slot_tile, section::packed,
+                                            slot_tile == own.first_tile, whole_job.log2_scale,
                                             [&](float (&scores)[TILE / 8][4]) { find_scores(scores, tile); });
             arrive_as_warp(rings.free_keys(tile.at.buffer));
             add_values(rows, p, tile, next);
@@ -172,6 +173,7 @@ struct tile_consumer {
     {
         lane_rows<HEAD_DIM> rows;
         rows.init(job);
+        rows.load_exact(job, own, first_row());
         load_queries(own);
         leave_tiles(own.first_tile - block.first_tile, at);
         add_tiles(rows, own, at);

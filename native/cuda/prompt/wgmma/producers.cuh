@@ -115,7 +115,7 @@ struct tile_producer {
     {
         tile_walk tiles(cache().pages, block);
         bool fetches = threadIdx.x % WARPGROUP == 0;
-        int top = FIRST_TOP;
+        int top = first_top(job.attend);
         ring_place ahead = at;
         for (uint32_t tile = block.first_tile; tile < min(block.first_tile + RING, block.end_tile); tile++) {
             if (fetches)

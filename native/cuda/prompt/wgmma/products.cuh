@@ -87,6 +87,23 @@ __device__ inline void wgmma_keys(float (&x)[8][4], uint64_t a, uint64_t b, bool
                  : "l"(a), "l"(b), "r"((int)add));
 }
 
+/* The same in f16. */
+__device__ inline void wgmma_exact_keys(float (&x)[8][4], uint64_t a, uint64_t b, bool add)
+{
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
+                 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+                 "%32, %33, p, 1, 1, 0, 0;\n}\n"
+                 : "+f"(x[0][0]), "+f"(x[0][1]), "+f"(x[0][2]), "+f"(x[0][3]), "+f"(x[1][0]), "+f"(x[1][1]),
+                   "+f"(x[1][2]), "+f"(x[1][3]), "+f"(x[2][0]), "+f"(x[2][1]), "+f"(x[2][2]), "+f"(x[2][3]),
+                   "+f"(x[3][0]), "+f"(x[3][1]), "+f"(x[3][2]), "+f"(x[3][3]), "+f"(x[4][0]), "+f"(x[4][1]),
+                   "+f"(x[4][2]), "+f"(x[4][3]), "+f"(x[5][0]), "+f"(x[5][1]), "+f"(x[5][2]), "+f"(x[5][3]),
+                   "+f"(x[6][0]), "+f"(x[6][1]), "+f"(x[6][2]), "+f"(x[6][3]), "+f"(x[7][0]), "+f"(x[7][1]),
+                   "+f"(x[7][2]), "+f"(x[7][3])
+                 : "l"(a), "l"(b), "r"((int)add));
+}
+
 /* x[0..7] (64 columns) += a * b; b is rows of depth (V), columns running along a row. */
 __device__ inline void wgmma_values_64(float (*x)[4], const uint32_t (&a)[4], uint64_t b)
 {
@@ -186,6 +203,26 @@ __device__ inline void start_key_product(float (&scores)[TILE / 8][4], uint32_t 
         wgmma_keys(scores, further(queries, k / 4 * PANEL_BYTES + k % 4 * 32),
                    further(keys, k / 4 * PANEL_BYTES + k % 4 * 32), k > 0);
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+
+/* scores[64 tokens] = (sum of the two parts of q) k^T in f16, at once. The parts are the 64 rows in panels. */
+template <int HEAD_DIM>
+__device__ inline void exact_key_product(float (&scores)[TILE / 8][4], const uint8_t *high_smem,
+                                         const uint8_t *low_smem, const uint8_t *k_smem)
+{
+    uint64_t parts[2] = {descriptor(uniform_smem_address(high_smem), 16, ROW_GROUP_BYTES),
+                         descriptor(uniform_smem_address(low_smem), 16, ROW_GROUP_BYTES)};
+    uint64_t keys = descriptor(uniform_smem_address(k_smem), 16, ROW_GROUP_BYTES);
+    begin_products(scores);
+#pragma unroll
+    for (int part = 0; part < 2; part++)
+#pragma unroll
+        for (int k = 0; k < HEAD_DIM / 16; k++)
+            wgmma_exact_keys(scores, further(parts[part], k / 4 * PANEL_BYTES + k % 4 * 32),
+                             further(keys, k / 4 * PANEL_BYTES + k % 4 * 32), part > 0 || k > 0);
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+    wait_for_products<0>();
+    pin(scores);
 }
 
 /* out += p v of 16 tokens */
