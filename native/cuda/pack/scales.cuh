@@ -65,7 +65,7 @@ struct extremes {
     /* Those of lanes that differ in one bit become the same. */
     __device__ void share(uint32_t apart)
     {
-        add({__shfl_xor_sync(ALL_LANES, top, apart), __shfl_xor_sync(ALL_LANES, bottom, apart)});
+        add(extremes{__shfl_xor_sync(ALL_LANES, top, apart), __shfl_xor_sync(ALL_LANES, bottom, apart)});
     }
     /* The first of the largest magnitudes decides the sign. */
     __device__ bool is_tie() const { return top == bottom && top > 0.0f; }
