@@ -22,6 +22,27 @@ struct few_shape {
     static constexpr int PANELS = HEAD_DIM / UNIT_CHANNELS, STAGES = HEAD_DIM <= 128 ? PANELS : 4;
 };
 
+/* Rows of the feedback matrix [HEAD_DIM][HEAD_DIM] in shared memory, in panels of a unit's: all of them, or STAGES. */
+template <int HEAD_DIM, int STAGES>
+struct feedback_panels {
+    static constexpr int PANELS = HEAD_DIM / UNIT_CHANNELS;
+    alignas(16) float rows[STAGES][UNIT_CHANNELS][HEAD_DIM];
+
+    /* Asks for a panel from its own channels on, or nothing past the last one. */
+    template <int THREADS>
+    __device__ void request(const float *feedback, int panel)
+    {
+        constexpr int LANES = THREADS / UNIT_CHANNELS; /* of a row */
+        const int row = threadIdx.x / LANES, at = panel * UNIT_CHANNELS + row;
+        if (panel < PANELS)
+            for (int column = panel * UNIT_CHANNELS + threadIdx.x % LANES * 4; column < HEAD_DIM; column += LANES * 4)
+                request_floats(&rows[panel % STAGES][row][column], feedback + (size_t)at * HEAD_DIM + column, 4);
+        __pipeline_commit();
+    }
+
+    __device__ const float (&panel(int panel) const)[UNIT_CHANNELS][HEAD_DIM] { return rows[panel % STAGES]; }
+};
+
 template <int HEAD_DIM>
 struct few_smem {
     feedback_panels<HEAD_DIM, few_shape<HEAD_DIM>::STAGES> feedback;
@@ -42,34 +63,38 @@ struct few_packer {
 
     __device__ static uint32_t channel(int q) { return q * 128 + lane_of_thread() * QUAD_CHANNELS; }
 
-    /* The largest of blocks go to all their lanes. */
-    __device__ extremes extremes_of_block(int q) const
+    /* The first of the largest magnitudes of a quad's block. */
+    __device__ float largest_of_block(int q) const
     {
-        extremes block = {0.0f, 0.0f};
-        block.add(y[q]);
-        block.share(1), block.share(2);
+        float largest = larger_of(larger_of(y[q][0], y[q][1]), larger_of(y[q][2], y[q][3]));
 #pragma unroll
-        for (uint32_t apart = UNIT_LANES; apart < WARP; apart *= 2)
-            if (apart * QUAD_CHANNELS < layout.block_size)
-                block.share(apart);
-        return block;
+        for (uint32_t apart = 1; apart < WARP; apart *= 2)
+            if (apart * QUAD_CHANNELS < layout.block_size) {
+                const float other = __shfl_xor_sync(ALL_LANES, largest, apart);
+                largest = lane_of_thread() & apart ? larger_of(other, largest) : larger_of(largest, other);
+            }
+        return largest;
     }
 
-    template <class Channel>
-    __device__ void choose_bytes(Channel row)
+    /* In halves, of four lanes with four partial sums each. */
+    __device__ static float sum_of(float (&sums)[QUAD_CHANNELS])
+    {
+#pragma unroll
+        for (uint32_t apart = 2; apart > 0; apart /= 2)
+#pragma unroll
+            for (int j = 0; j < QUAD_CHANNELS; j++)
+                sums[j] = __fadd_rn(sums[j], __shfl_xor_sync(ALL_LANES, sums[j], apart));
+        return __fadd_rn(__fadd_rn(sums[0], sums[2]), __fadd_rn(sums[1], sums[3]));
+    }
+
+    __device__ void choose_bytes()
     {
         const uint32_t block_lanes = layout.block_size / QUAD_CHANNELS;
         const uint32_t first_lane = (lane_of_thread() & ~(block_lanes - 1)) + lane_of_thread() % UNIT_LANES;
 #pragma unroll
         for (int q = 0; q < QUADS; q++) {
-            const extremes block = extremes_of_block(q);
-            bool is_positive = block.top > block.bottom;
-            if (SCALED && __any_sync(ALL_LANES, block.is_tie())) {
-                const uint32_t signs = signs_of_blocks<HEAD_DIM>(layout.block_size, row);
-                is_positive = signs >> channel(q) / layout.block_size & 1;
-            }
             scale_trial<SCALED> trial;
-            trial.begin(block, is_positive, layout.mantissa_bits);
+            trial.begin(largest_of_block(q), layout.mantissa_bits);
             float r[2][QUAD_CHANNELS], sums[2][QUAD_CHANNELS] = {};
 #pragma unroll
             for (int j = 0; j < QUAD_CHANNELS; j++) {
@@ -85,7 +110,7 @@ struct few_packer {
                         const float error = __shfl_sync(ALL_LANES, r[i][j], first_lane + lane);
                         sums[i][j] = __fmaf_rn(error, error, sums[i][j]);
                     }
-            bytes[q] = trial.choose(sums);
+            bytes[q] = trial.choose(sum_of(sums[0]), sum_of(sums[1]));
         }
     }
 
@@ -232,10 +257,10 @@ struct few_packer {
 };
 
 /* Rounds a warp's head that stands in its row, and stores it. */
-template <int HEAD_DIM, bool SCALED, class Smem, class Channel>
+template <int HEAD_DIM, bool SCALED, class Smem>
 __device__ inline void round_few(const pack_side &side, const float *feedback,
                                  uint32_t (&from)[few_shape<HEAD_DIM>::QUADS][QUAD_CHANNELS], uint8_t *tile,
-                                 uint32_t token, bool has_head, bool is_stored, Smem &smem, Channel row)
+                                 uint32_t token, bool has_head, bool is_stored, Smem &smem)
 {
     few_packer<HEAD_DIM, SCALED> packer = {side.cache.layout};
 #pragma unroll
@@ -246,7 +271,7 @@ __device__ inline void round_few(const pack_side &side, const float *feedback,
             packer.mantissas[q][j] = 0;
         }
     if (has_head)
-        packer.choose_bytes(row);
+        packer.choose_bytes();
     if (feedback)
         packer.round_with_feedback(feedback, has_head, smem);
     else
@@ -300,19 +325,27 @@ __device__ inline void pack_few(const pack_work &work, const pack_side &side, ui
     if (wanted[0]) {
         tile = tile_at(side.cache.pages, context, slot / KSORT_TILE_TOKENS, kv_head);
         const uint32_t positions[1] = {slot};
-        is_stored = maker.template make_rows<1>(positions, wanted, row, HEAD_DIM, x);
-        __syncwarp();
+        const auto store_row = [&](const float (&x)[1][maker_type::N]) {
+#pragma unroll
+            for (int i = 0; i < maker_type::N; i++)
+                if (holds_channel<HEAD_DIM>(i))
+                    row[i * WARP + lane_of_thread()] = x[0][i];
+            __syncwarp();
+        };
+        is_stored = maker.template make_heads<1>(
+            positions, wanted, x, [&](const float (&x)[1][maker_type::N], float (&partners)[1][maker_type::N]) {
+                store_row(x);
+#pragma unroll
+                for (int i = 0; i < maker_type::N; i++)
+                    partners[0][i] = holds_channel<HEAD_DIM>(i) ? row[maker.turns.partner[i]] : 0.0f;
+                __syncwarp();
+            });
+        store_row(x);
     }
-    const auto channel = [&](uint32_t c) {
-        const uint16_t *permutation = side.transform.permutation;
-        return row[permutation ? permutation[(size_t)kv_head * HEAD_DIM + c] : c];
-    };
     if (side.cache.layout.is_scaled)
-        round_few<HEAD_DIM, true>(side, feedback, from, tile, slot % KSORT_TILE_TOKENS, wanted[0], is_stored, smem,
-                                  channel);
+        round_few<HEAD_DIM, true>(side, feedback, from, tile, slot % KSORT_TILE_TOKENS, wanted[0], is_stored, smem);
     else
-        round_few<HEAD_DIM, false>(side, feedback, from, tile, slot % KSORT_TILE_TOKENS, wanted[0], is_stored, smem,
-                                   channel);
+        round_few<HEAD_DIM, false>(side, feedback, from, tile, slot % KSORT_TILE_TOKENS, wanted[0], is_stored, smem);
 }
 
 #endif /* KSORT_CUDA_PACK_FEW_CUH */

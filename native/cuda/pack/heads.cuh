@@ -1,6 +1,5 @@
 /* Transformed heads on their way from x to rows in shared memory: RoPE, shift, scale, rotate, by one warp in
- * common/transform.cuh's layout; and panels of the feedback matrix, which all warps of a thread block share. The
- * permutation is how rows are read.
+ * common/transform.cuh's layout.
  */
 #ifndef KSORT_CUDA_PACK_HEADS_CUH
 #define KSORT_CUDA_PACK_HEADS_CUH
@@ -41,50 +40,19 @@ struct head_maker {
                                                         : 0.0f;
     }
 
-    /* RoPE of n heads at their positions, where they are wanted. rows: theirs, `stride` floats apart. */
-    template <int TOKENS>
-    __device__ void turn(const uint32_t (&positions)[TOKENS], const bool (&wanted)[TOKENS], float *rows, int stride,
-                         float (&x)[TOKENS][N]) const
-    {
-        head_cos_sin<HEAD_DIM> cos_sin[TOKENS];
-#pragma unroll
-        for (int t = 0; t < TOKENS; t++) /* row 0 stands for what may not exist */
-            load_cos_sin<HEAD_DIM>(work.rope, wanted[t] ? positions[t] : 0, turns, cos_sin[t]);
-        store_rows<TOKENS>(x, rows, stride);
-        __syncwarp();
-#pragma unroll
-        for (int t = 0; t < TOKENS; t++)
-#pragma unroll
-            for (int i = 0; i < N; i++) {
-                const float partner = holds_channel<HEAD_DIM>(i) ? rows[t * stride + turns.partner[i]] : 0.0f;
-                x[t][i] = __fadd_rn(__fmul_rn(x[t][i], cos_sin[t].cosine[i]), __fmul_rn(partner, cos_sin[t].sine[i]));
-            }
-        __syncwarp();
-    }
-
-    template <int TOKENS>
-    __device__ static void store_rows(const float (&x)[TOKENS][N], float *rows, int stride)
-    {
-#pragma unroll
-        for (int t = 0; t < TOKENS; t++)
-#pragma unroll
-            for (int i = 0; i < N; i++)
-                if (holds_channel<HEAD_DIM>(i))
-                    rows[t * stride + i * WARP + lane_of_thread()] = x[t][i];
-    }
-
-    /* Heads of x become rows of what is to be rounded, but for the permutation. Returns a bit for each head that may be
-     * stored; the others are reported where they are wanted. The warp waits before it reads rows. */
-    template <int TOKENS>
-    __device__ uint32_t make_rows(const uint32_t (&positions)[TOKENS], const bool (&wanted)[TOKENS], float *rows,
-                                  int stride, float (&x)[TOKENS][N]) const
+    /* Heads of x become what is to be rounded, but for the permutation. Returns a bit for each head that may be stored;
+     * the others are reported where they are wanted. exchange(x, partners): partners[t][i] is x[t] of channel
+     * turns.partner[i]. */
+    template <int TOKENS, class Exchange>
+    __device__ uint32_t make_heads(const uint32_t (&positions)[TOKENS], const bool (&wanted)[TOKENS],
+                                   float (&x)[TOKENS][N], Exchange exchange) const
     {
         uint32_t before[TOKENS], stored = 0;
 #pragma unroll
         for (int t = 0; t < TOKENS; t++)
             before[t] = largest_of(x[t]);
         if (side.has_rope)
-            turn<TOKENS>(positions, wanted, rows, stride, x);
+            turn<TOKENS>(positions, wanted, x, exchange);
 #pragma unroll
         for (int t = 0; t < TOKENS; t++)
 #pragma unroll
@@ -97,11 +65,29 @@ struct head_maker {
 #pragma unroll
         for (int t = 0; t < TOKENS; t++)
             stored |= may_store(work, side, wanted[t], before[t], largest_of(x[t]), ALL_LANES) ? 1u << t : 0;
-        store_rows<TOKENS>(x, rows, stride);
         return stored;
     }
 
   private:
+    /* RoPE of heads at their positions, where they are wanted. */
+    template <int TOKENS, class Exchange>
+    __device__ void turn(const uint32_t (&positions)[TOKENS], const bool (&wanted)[TOKENS], float (&x)[TOKENS][N],
+                         Exchange exchange) const
+    {
+        head_cos_sin<HEAD_DIM> cos_sin[TOKENS];
+#pragma unroll
+        for (int t = 0; t < TOKENS; t++) /* row 0 stands for what may not exist */
+            load_cos_sin<HEAD_DIM>(work.rope, wanted[t] ? positions[t] : 0, turns, cos_sin[t]);
+        float partners[TOKENS][N];
+        exchange(x, partners);
+#pragma unroll
+        for (int t = 0; t < TOKENS; t++)
+#pragma unroll
+            for (int i = 0; i < N; i++)
+                x[t][i] =
+                    __fadd_rn(__fmul_rn(x[t][i], cos_sin[t].cosine[i]), __fmul_rn(partners[t][i], cos_sin[t].sine[i]));
+    }
+
     __device__ static uint32_t largest_of(const float (&x)[N])
     {
         float largest = fabsf(x[0]);
@@ -112,51 +98,28 @@ struct head_maker {
     }
 };
 
-/* Rows of the feedback matrix [HEAD_DIM][HEAD_DIM] in shared memory, in panels of a unit's: all of them, or STAGES. */
-template <int HEAD_DIM, int STAGES>
-struct feedback_panels {
-    static constexpr int PANELS = HEAD_DIM / UNIT_CHANNELS;
-    alignas(16) float rows[STAGES][UNIT_CHANNELS][HEAD_DIM];
-
-    /* Asks for a panel from its own channels on, or nothing past the last one. */
-    template <int THREADS>
-    __device__ void request(const float *feedback, int panel)
-    {
-        if (panel < PANELS) {
-            const float *from = feedback + (size_t)panel * UNIT_CHANNELS * HEAD_DIM;
-            if (reinterpret_cast<uintptr_t>(feedback) % sizeof(float4) == 0)
-                copy<THREADS, 4>(from, panel);
-            else
-                copy<THREADS, 1>(from, panel);
-        }
-        __pipeline_commit();
-    }
-
-    __device__ const float (&panel(int panel) const)[UNIT_CHANNELS][HEAD_DIM] { return rows[panel % STAGES]; }
-
-  private:
-    template <int THREADS, int FLOATS>
-    __device__ void copy(const float *from, int panel)
-    {
-        constexpr int LANES = THREADS / UNIT_CHANNELS; /* of a row */
-        const int row = threadIdx.x / LANES, first = panel * UNIT_CHANNELS + threadIdx.x % LANES * FLOATS;
-        for (int column = first; column < HEAD_DIM; column += LANES * FLOATS)
-            __pipeline_memcpy_async(&rows[panel % STAGES][row][column], &from[row * HEAD_DIM + column],
-                                    FLOATS * sizeof(float));
-    }
-};
-
-/* Two or four floats from shared memory, aligned as many. */
+/* Four floats of shared memory, aligned as many. */
 __device__ inline void load_floats(const float *from, float (&to)[4])
 {
     const float4 values = *reinterpret_cast<const float4 *>(from);
     to[0] = values.x, to[1] = values.y, to[2] = values.z, to[3] = values.w;
 }
 
-__device__ inline void load_floats(const float *from, float (&to)[2])
+__device__ inline void store_floats(float *to, float a, float b, float c, float d)
 {
-    const float2 values = *reinterpret_cast<const float2 *>(from);
-    to[0] = values.x, to[1] = values.y;
+    *reinterpret_cast<float4 *>(to) = make_float4(a, b, c, d);
+}
+
+/* Asks for n floats of the feedback matrix, a multiple of 4, which `from` may not be aligned to. */
+__device__ inline void request_floats(float *to, const float *from, int n)
+{
+    if (reinterpret_cast<uintptr_t>(from) % sizeof(float4) == 0) {
+        for (int i = 0; i < n; i += 4)
+            __pipeline_memcpy_async(to + i, from + i, sizeof(float4));
+        return;
+    }
+    for (int i = 0; i < n; i++)
+        __pipeline_memcpy_async(to + i, from + i, sizeof(float));
 }
 
 #endif /* KSORT_CUDA_PACK_HEADS_CUH */

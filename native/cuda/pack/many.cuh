@@ -1,14 +1,15 @@
-/* The encoder of transformed heads where tokens are many: a warp has 8 groups of 4 lanes, a lane TOKENS tokens of its
- * group, which is what a value of the feedback matrix, once loaded, is used for:
+/* The encoder of transformed heads where tokens are many. A warp has 32 tokens, which stand in shared memory as
+ * [place][token], places being channels in the permutation's order:
  *
- *     lane 4 g + l     y[t][u][j]: channel 16 u + 4 l + j of the group's token t         128 registers
- *     unit u           y --shared memory--> lanes that each have all 16 channels of one token: a chain of 16 steps
- *                      errors --shared memory--> all lanes of the group: y of later units -= errors * feedback
+ *     make      4 tokens a time: a lane has every 32nd channel of them, and stores 4 tokens of a channel at once
+ *     choose    lane t: the scale bytes of token t
+ *     units of 16 places, one after another:
+ *       look back    lane 4 g + l: 4 tokens g of 4 places l -= errors of all places before * feedback
+ *       round        lane t: the 16 places of token t, a chain; their errors take their place in shared memory
  *
- * The second is a product of a 16-column matrix, 16 multiply-adds for each load of 16 bytes: seven eighths of all work.
- * One warp's chains fill the waits of another's products. A lane stores the words of its token, so that 32 of them are
- * neighbours. The feedback matrix comes in panels of 16 rows, shared by the warps: panel u in use, the two after it on
- * their way.
+ * To look back is seven eighths of the work: 16 multiply-adds for two loads of 16 bytes. As one unit's code serves all,
+ * the kernel stays in the instruction cache, which running through it once would not. The unit's columns of the feedback
+ * matrix are shared by the warps; those of the next come meanwhile.
  */
 #ifndef KSORT_CUDA_PACK_MANY_CUH
 #define KSORT_CUDA_PACK_MANY_CUH
@@ -17,226 +18,32 @@
 
 template <int HEAD_DIM>
 struct many_shape {
-    static constexpr int WARPS = 4, THREADS = WARPS * WARP, RESIDENT = 2; /* RESIDENT: blocks, of 255 registers */
-    static constexpr int TOKENS = HEAD_DIM <= 128 ? 4 : 2;                /* of a lane */
-    static constexpr int GROUPS = WARP / UNIT_LANES;
-    static constexpr int WARP_SLOTS = TOKENS * GROUPS, SLOTS = WARPS * WARP_SLOTS;
+    static constexpr int WARPS = HEAD_DIM <= 128 ? 4 : 2, THREADS = WARPS * WARP, RESIDENT = 2; /* RESIDENT: blocks */
+    static constexpr int SLOTS = WARPS * WARP, TOGETHER = 4; /* TOGETHER: heads that a warp makes */
     static constexpr int UNITS = HEAD_DIM / UNIT_CHANNELS;
-    static constexpr int STAGES = 3;
-    static constexpr int ROW = HEAD_DIM + 4, UNIT_ROW = UNIT_CHANNELS + 4; /* floats: other banks for other tokens */
-    static constexpr int TOGETHER = 4;                                     /* heads that a warp makes rows of */
-};
-
-/* A warp's own. */
-template <int HEAD_DIM>
-struct many_warp_smem {
-    using shape = many_shape<HEAD_DIM>;
-    union {
-        alignas(16) float rows[shape::GROUPS][shape::ROW]; /* a token of each group: on its way to their lanes */
-        struct {
-            float unit[shape::WARP_SLOTS][shape::UNIT_ROW];
-            float errors[UNIT_CHANNELS][shape::WARP_SLOTS];
-        };
-    };
-    uint8_t bytes[shape::UNITS][shape::WARP_SLOTS]; /* scale bytes, of blocks */
+    static constexpr int STAGES = HEAD_DIM <= 128 ? 2 : 1; /* 99 KB of shared memory */
+    static constexpr int ROW = WARP + 4;                   /* floats: quads of neighbouring rows in other banks */
 };
 
 template <int HEAD_DIM>
 struct many_smem {
     using shape = many_shape<HEAD_DIM>;
-    feedback_panels<HEAD_DIM, shape::STAGES> feedback;
-    many_warp_smem<HEAD_DIM> warps[shape::WARPS];
-    alignas(8) uint16_t permutation[HEAD_DIM];
-};
+    alignas(16) float y[shape::WARPS][HEAD_DIM][shape::ROW];
+    alignas(16) float columns[shape::STAGES][HEAD_DIM][UNIT_CHANNELS]; /* of the feedback matrix */
+    uint8_t bytes[shape::WARPS][shape::UNITS][WARP];                   /* scale bytes, of blocks */
+    uint16_t places[HEAD_DIM];                                         /* of channels */
 
-/* A warp's tokens on their way. */
-template <int HEAD_DIM, bool SCALED>
-struct many_packer {
-    using shape = many_shape<HEAD_DIM>;
-    static constexpr int TOKENS = shape::TOKENS, UNITS = shape::UNITS;
-    using unit_values = float[UNITS][QUAD_CHANNELS];
-
-    const head_layout &layout;
-    many_smem<HEAD_DIM> &smem;
-    many_warp_smem<HEAD_DIM> &own;
-    unit_values y[TOKENS];
-
-    __device__ static uint32_t group() { return lane_of_thread() / UNIT_LANES; }
-    __device__ static uint32_t lane_of_group() { return lane_of_thread() % UNIT_LANES; }
-    /* The token that a lane rounds: of the warp's slots; neighbours' where lanes have fewer than four. */
-    __device__ static uint32_t own_slot() { return group() * TOKENS + lane_of_thread() % TOKENS; }
-
-    /* Takes a token of each group from its row as the last one of the lanes, and forgets the first. */
-    __device__ void take_rows()
+    /* Asks for a unit's columns down to the diagonal, or nothing past the last one. */
+    __device__ void request(const float *feedback, int unit)
     {
-        const float *row = own.rows[group()];
-#pragma unroll
-        for (int u = 0; u < UNITS; u++) {
-#pragma unroll
-            for (int t = 0; t + 1 < TOKENS; t++)
-#pragma unroll
-                for (int j = 0; j < QUAD_CHANNELS; j++)
-                    y[t][u][j] = y[t + 1][u][j];
-            const ushort4 from = *reinterpret_cast<const ushort4 *>(
-                &smem.permutation[u * UNIT_CHANNELS + lane_of_group() * QUAD_CHANNELS]);
-            y[TOKENS - 1][u][0] = row[from.x], y[TOKENS - 1][u][1] = row[from.y];
-            y[TOKENS - 1][u][2] = row[from.z], y[TOKENS - 1][u][3] = row[from.w];
+        constexpr int QUADS = UNIT_CHANNELS / 4;
+        const int n = unit < shape::UNITS ? (unit + 1) * UNIT_CHANNELS * QUADS : 0;
+        for (int i = threadIdx.x; i < n; i += shape::THREADS) {
+            const int row = i / QUADS, column = i % QUADS * 4;
+            request_floats(&columns[unit % shape::STAGES][row][column],
+                           feedback + (size_t)row * HEAD_DIM + unit * UNIT_CHANNELS + column, 4);
         }
-    }
-
-    /* blocks[u]: of the block that unit u belongs to. */
-    __device__ void find_extremes(const unit_values &y, extremes (&blocks)[UNITS]) const
-    {
-#pragma unroll
-        for (int u = 0; u < UNITS; u++) {
-            blocks[u] = {0.0f, 0.0f};
-            blocks[u].add(y[u]);
-        }
-#pragma unroll
-        for (int apart = 1; apart < UNITS; apart *= 2)
-#pragma unroll
-            for (int u = 0; u + apart < UNITS; u++)
-                if (!(u & apart) && apart * UNIT_CHANNELS < (int)layout.block_size) {
-                    blocks[u].add(blocks[u + apart]);
-                    blocks[u + apart] = blocks[u];
-                }
-#pragma unroll
-        for (int u = 0; u < UNITS; u++)
-            blocks[u].share(1), blocks[u].share(2);
-    }
-
-    /* Chooses the scale bytes of the token taken last, the `token`-th of its group. */
-    __device__ void choose_bytes(uint32_t token)
-    {
-        const int block_units = (int)layout.block_size / UNIT_CHANNELS;
-        const unit_values &last = y[TOKENS - 1];
-        extremes blocks[UNITS];
-        find_extremes(last, blocks);
-        uint32_t positive = 0;
-        bool has_tie = false;
-#pragma unroll
-        for (int u = 0; u < UNITS; u++) {
-            positive |= blocks[u].top > blocks[u].bottom ? 1u << u : 0;
-            has_tie = has_tie || blocks[u].is_tie();
-        }
-        const bool is_slow = SCALED && __any_sync(ALL_LANES, has_tie);
-        if (is_slow)
-            positive = signs_of_blocks<HEAD_DIM>(layout.block_size,
-                                                 [this](uint32_t c) { return own.rows[group()][smem.permutation[c]]; });
-        scale_trial<SCALED> trial;
-        float sums[2][QUAD_CHANNELS];
-        uint32_t block = 0;
-#pragma unroll
-        for (int u = 0; u < UNITS; u++) {
-            if ((u & (block_units - 1)) == 0) {
-                trial.begin(blocks[u], positive >> (is_slow ? block : u) & 1, layout.mantissa_bits);
-#pragma unroll
-                for (int j = 0; j < QUAD_CHANNELS; j++)
-                    sums[0][j] = sums[1][j] = 0.0f;
-            }
-#pragma unroll
-            for (int j = 0; j < QUAD_CHANNELS; j++) {
-                float r[2];
-                trial.errors(last[u][j], r);
-                sums[0][j] = __fmaf_rn(r[0], r[0], sums[0][j]);
-                sums[1][j] = __fmaf_rn(r[1], r[1], sums[1][j]);
-            }
-            if (((u + 1) & (block_units - 1)) == 0 || u == UNITS - 1) {
-                const uint32_t byte = trial.choose(sums);
-                if (lane_of_group() == 0)
-                    own.bytes[block][group() * TOKENS + token] = (uint8_t)byte;
-                block++;
-            }
-        }
-    }
-
-    /* Rounds the 16 channels of the lane's token, whose errors go to shared memory. panel: feedback rows of the unit. */
-    template <bool FEEDBACK>
-    __device__ void round_unit(int unit, const float (&panel)[UNIT_CHANNELS][HEAD_DIM], const block_step &step,
-                               uint32_t (&quads)[UNIT_LANES])
-    {
-        float x[UNIT_LANES][QUAD_CHANNELS];
-#pragma unroll
-        for (int q = 0; q < UNIT_LANES; q++)
-            load_floats(&own.unit[own_slot()][q * QUAD_CHANNELS], x[q]);
-#pragma unroll
-        for (int q = 0; q < UNIT_LANES; q++) {
-            uint32_t bits[QUAD_CHANNELS];
-#pragma unroll
-            for (int j = 0; j < QUAD_CHANNELS; j++) {
-                const int c = q * QUAD_CHANNELS + j;
-                bits[j] = mantissa_bits_of(units_of<SCALED>(x[q][j], step.inverse), step.low, step.high);
-                if (!FEEDBACK)
-                    continue;
-                const float error = __fmaf_rn(-mantissa_of(bits[j]), step.step, x[q][j]);
-                own.errors[c][own_slot()] = error;
-#pragma unroll
-                for (int later = q; later < UNIT_LANES; later++) {
-                    float row[QUAD_CHANNELS];
-                    load_floats(&panel[c][unit * UNIT_CHANNELS + later * QUAD_CHANNELS], row);
-#pragma unroll
-                    for (int i = 0; i < QUAD_CHANNELS; i++)
-                        if (later > q || i > j)
-                            x[later][i] = __fmaf_rn(-error, row[i], x[later][i]);
-                }
-            }
-            quads[q] = quad_of(bits[0], bits[1], bits[2], bits[3]);
-        }
-    }
-
-    /* Carries the errors of a unit to all later ones. */
-    template <int UNIT>
-    __device__ void carry_errors(const float (&panel)[UNIT_CHANNELS][HEAD_DIM])
-    {
-#pragma unroll 4
-        for (int row = 0; row < UNIT_CHANNELS; row++) {
-            float errors[TOKENS];
-            load_floats(&own.errors[row][group() * TOKENS], errors);
-#pragma unroll
-            for (int u = UNIT + 1; u < UNITS; u++) {
-                float values[QUAD_CHANNELS];
-                load_floats(&panel[row][u * UNIT_CHANNELS + lane_of_group() * QUAD_CHANNELS], values);
-#pragma unroll
-                for (int t = 0; t < TOKENS; t++)
-#pragma unroll
-                    for (int j = 0; j < QUAD_CHANNELS; j++)
-                        y[t][u][j] = __fmaf_rn(-errors[t], values[j], y[t][u][j]);
-            }
-        }
-    }
-
-    /* Rounds and stores the units from UNIT on. All warps of the block come along; those without tokens only bring
-     * their share of the panels. */
-    template <int UNIT, bool FEEDBACK>
-    __device__ void round_units(const float *feedback, bool has_tokens, bool is_stored, word_writer &words)
-    {
-        if constexpr (UNIT < UNITS) {
-            if (FEEDBACK) {
-                __pipeline_wait_prior(shape::STAGES - 2);
-                __syncthreads(); /* all have panel UNIT, and are done with the one before it, whose place is next */
-                smem.feedback.template request<shape::THREADS>(feedback, UNIT + shape::STAGES - 1);
-            }
-            if (has_tokens) {
-                const auto &panel = smem.feedback.panel(UNIT);
-                const uint32_t block = UNIT * UNIT_CHANNELS / layout.block_size, byte = own.bytes[block][own_slot()];
-#pragma unroll
-                for (int t = 0; t < TOKENS; t++)
-                    *reinterpret_cast<float4 *>(&own.unit[group() * TOKENS + t][lane_of_group() * QUAD_CHANNELS]) =
-                        make_float4(y[t][UNIT][0], y[t][UNIT][1], y[t][UNIT][2], y[t][UNIT][3]);
-                __syncwarp();
-                uint32_t quads[UNIT_LANES];
-                round_unit<FEEDBACK>(UNIT, panel, step_of_byte<SCALED>(byte, layout.mantissa_bits), quads);
-                if (is_stored) {
-                    words.store(UNIT, quads);
-                    if (UNIT * UNIT_CHANNELS % layout.block_size == 0)
-                        words.tile[exponent_offset(&layout, block, words.token)] = (uint8_t)byte;
-                }
-                __syncwarp();
-                if (FEEDBACK)
-                    carry_errors<UNIT>(panel);
-            }
-            round_units<UNIT + 1, FEEDBACK>(feedback, has_tokens, is_stored, words);
-        }
+        __pipeline_commit();
     }
 };
 
@@ -248,82 +55,244 @@ struct many_slots {
     __device__ bool is_wanted(uint32_t slot) const { return slot >= first_new && slot < end_new && slot < n_positions; }
 };
 
-/* Makes heads of all the warp's tokens, one of each group a time, and chooses their scale bytes. Returns a bit for each
- * slot that may be stored. */
-template <int HEAD_DIM, bool SCALED, uint32_t X_TYPE>
-__device__ inline uint32_t take_tokens(const head_maker<HEAD_DIM, X_TYPE> &maker, const many_slots &slots,
-                                       size_t context_at, many_packer<HEAD_DIM, SCALED> &packer)
-{
+/* A warp's tokens on their way. */
+template <int HEAD_DIM, bool SCALED>
+struct many_packer {
     using shape = many_shape<HEAD_DIM>;
-    using maker_type = head_maker<HEAD_DIM, X_TYPE>;
-    constexpr int TOGETHER = shape::TOGETHER, STEPS = shape::GROUPS / TOGETHER;
-    uint32_t stored = 0;
-    const auto slot_of = [](int step,
-                            int i) { /* of the warp's: token step / STEPS of a group */
-                                     return (uint32_t)((step % STEPS * TOGETHER + i) * shape::TOKENS + step / STEPS);
-    };
-    float next[TOGETHER][maker_type::N];
-    const auto load = [&](int step) {
+
+    const head_layout &layout;
+    many_smem<HEAD_DIM> &smem;
+    float (&y)[HEAD_DIM][shape::ROW];
+    uint8_t (&bytes)[shape::UNITS][WARP];
+
+    /* Makes heads of the warp's tokens. Returns a bit for each slot that may be stored. context_at: element of x where
+     * the first new token's begins. */
+    template <uint32_t X_TYPE>
+    __device__ uint32_t make_tokens(const head_maker<HEAD_DIM, X_TYPE> &maker, const many_slots &slots,
+                                    size_t context_at)
+    {
+        constexpr int TOGETHER = shape::TOGETHER, N = head_maker<HEAD_DIM, X_TYPE>::N;
+        float next[TOGETHER][N];
+        const auto load = [&](uint32_t first) {
 #pragma unroll
-        for (int i = 0; i < TOGETHER; i++) {
-            const uint32_t slot = slots.first + slot_of(step, i);
-            maker.load(context_at + (slot - slots.first_new) * maker.work.token_stride, slots.is_wanted(slot), next[i]);
-        }
-    };
-    load(0);
+            for (int t = 0; t < TOGETHER; t++)
+                maker.load(context_at + (first + t - slots.first_new) * maker.work.token_stride,
+                           slots.is_wanted(first + t), next[t]);
+        };
+        load(slots.first);
+        uint32_t stored = 0;
 #pragma unroll 1
-    for (int step = 0; step < STEPS * shape::TOKENS; step++) {
-        float x[TOGETHER][maker_type::N];
-        uint32_t positions[TOGETHER];
-        bool wanted[TOGETHER];
+        for (int at = 0; at < WARP; at += TOGETHER) {
+            float x[TOGETHER][N];
+            uint32_t positions[TOGETHER];
+            bool wanted[TOGETHER];
 #pragma unroll
-        for (int i = 0; i < TOGETHER; i++) {
-            positions[i] = slots.first + slot_of(step, i);
-            wanted[i] = slots.is_wanted(positions[i]);
+            for (int t = 0; t < TOGETHER; t++) {
+                positions[t] = slots.first + at + t;
+                wanted[t] = slots.is_wanted(positions[t]);
 #pragma unroll
-            for (int n = 0; n < maker_type::N; n++)
-                x[i][n] = next[i][n];
+                for (int i = 0; i < N; i++)
+                    x[t][i] = next[t][i];
+            }
+            if (at + TOGETHER < WARP)
+                load(slots.first + at + TOGETHER);
+            const auto exchange = [&](const float (&x)[TOGETHER][N], float (&partners)[TOGETHER][N]) {
+                store_tokens(x, at, [](uint32_t c) { return c; });
+                __syncwarp();
+#pragma unroll
+                for (int i = 0; i < N; i++) {
+                    float quad[TOGETHER];
+                    load_floats(&y[holds_channel<HEAD_DIM>(i) ? maker.turns.partner[i] : 0][at], quad);
+#pragma unroll
+                    for (int t = 0; t < TOGETHER; t++)
+                        partners[t][i] = quad[t];
+                }
+                __syncwarp();
+            };
+            stored |= maker.template make_heads<TOGETHER>(positions, wanted, x, exchange) << at;
+            store_tokens(x, at, [this](uint32_t c) { return smem.places[c]; });
         }
-        if (step + 1 < STEPS * shape::TOKENS)
-            load(step + 1);
-        float *rows = packer.own.rows[step % STEPS * TOGETHER];
-        const uint32_t may = maker.template make_rows<TOGETHER>(positions, wanted, rows, shape::ROW, x);
-#pragma unroll
-        for (int i = 0; i < TOGETHER; i++)
-            stored |= (may >> i & 1) << slot_of(step, i);
-        if (step % STEPS < STEPS - 1)
-            continue;
         __syncwarp();
-        packer.take_rows();
-        packer.choose_bytes(step / STEPS);
+        return stored;
+    }
+
+    /* Chooses the scale bytes of the lane's token. */
+    __device__ void choose_bytes()
+    {
+        const int block_units = (int)layout.block_size / UNIT_CHANNELS;
+#pragma unroll 1
+        for (int first = 0; first < shape::UNITS; first += block_units) {
+            const int end = min(first + block_units, shape::UNITS);
+            float largest = 0.0f; /* with its sign; the first of equal ones */
+            for (int unit = first; unit < end; unit++)
+                largest = larger_of(largest, largest_of_unit(unit));
+            scale_trial<SCALED> trial;
+            trial.begin(largest, layout.mantissa_bits);
+            float sums[2][UNIT_CHANNELS] = {};
+#pragma unroll 1
+            for (int unit = first; unit < end; unit++)
+#pragma unroll
+                for (int i = 0; i < UNIT_CHANNELS; i++) {
+                    float r[2];
+                    trial.errors(y[unit * UNIT_CHANNELS + i][lane_of_thread()], r);
+                    sums[0][i] = __fmaf_rn(r[0], r[0], sums[0][i]);
+                    sums[1][i] = __fmaf_rn(r[1], r[1], sums[1][i]);
+                }
+            bytes[first / block_units][lane_of_thread()] = (uint8_t)trial.choose(sum_of(sums[0]), sum_of(sums[1]));
+        }
         __syncwarp();
     }
-    return stored;
-}
+
+    /* Takes the errors of all places before the unit from what the unit's tokens are. */
+    __device__ void look_back(int unit)
+    {
+        const uint32_t token = lane_of_thread() / UNIT_LANES * QUAD_CHANNELS;
+        const uint32_t column = lane_of_thread() % UNIT_LANES * QUAD_CHANNELS;
+        const float (*const columns)[UNIT_CHANNELS] = smem.columns[unit % shape::STAGES];
+        float rest[QUAD_CHANNELS][QUAD_CHANNELS]; /* [place][token] */
+#pragma unroll
+        for (int j = 0; j < QUAD_CHANNELS; j++)
+            load_floats(&y[unit * UNIT_CHANNELS + column + j][token], rest[j]);
+#pragma unroll 8
+        for (int place = 0; place < unit * UNIT_CHANNELS; place++) {
+            float errors[QUAD_CHANNELS], values[QUAD_CHANNELS];
+            load_floats(&y[place][token], errors);
+            load_floats(&columns[place][column], values);
+#pragma unroll
+            for (int j = 0; j < QUAD_CHANNELS; j++)
+#pragma unroll
+                for (int t = 0; t < QUAD_CHANNELS; t++)
+                    rest[j][t] = __fmaf_rn(-errors[t], values[j], rest[j][t]);
+        }
+#pragma unroll
+        for (int j = 0; j < QUAD_CHANNELS; j++)
+            store_floats(&y[unit * UNIT_CHANNELS + column + j][token], rest[j][0], rest[j][1], rest[j][2], rest[j][3]);
+        __syncwarp();
+    }
+
+    /* Rounds the unit's places of the lane's token, whose errors take their place. */
+    template <bool FEEDBACK>
+    __device__ void round_unit(int unit, const block_step &step, uint32_t (&quads)[UNIT_LANES])
+    {
+        const float (*const rows)[UNIT_CHANNELS] = smem.columns[unit % shape::STAGES] + unit * UNIT_CHANNELS;
+        float x[UNIT_CHANNELS];
+        uint32_t bits[UNIT_CHANNELS];
+#pragma unroll
+        for (int i = 0; i < UNIT_CHANNELS; i++)
+            x[i] = y[unit * UNIT_CHANNELS + i][lane_of_thread()];
+#pragma unroll
+        for (int i = 0; i < UNIT_CHANNELS; i++) {
+            bits[i] = mantissa_bits_of(units_of<SCALED>(x[i], step.inverse), step.low, step.high);
+            if (!FEEDBACK)
+                continue;
+            const float error = __fmaf_rn(-mantissa_of(bits[i]), step.step, x[i]);
+            y[unit * UNIT_CHANNELS + i][lane_of_thread()] = error;
+#pragma unroll
+            for (int quad = i / QUAD_CHANNELS; quad < UNIT_LANES; quad++) {
+                float values[QUAD_CHANNELS];
+                load_floats(&rows[i][quad * QUAD_CHANNELS], values);
+#pragma unroll
+                for (int j = 0; j < QUAD_CHANNELS; j++)
+                    if (quad * QUAD_CHANNELS + j > i)
+                        x[quad * QUAD_CHANNELS + j] = __fmaf_rn(-error, values[j], x[quad * QUAD_CHANNELS + j]);
+            }
+        }
+#pragma unroll
+        for (int q = 0; q < UNIT_LANES; q++)
+            quads[q] = quad_of(bits[4 * q], bits[4 * q + 1], bits[4 * q + 2], bits[4 * q + 3]);
+        __syncwarp();
+    }
+
+    /* Rounds and stores all units. All warps of the block come along; those without tokens only bring their share of the
+     * feedback matrix. */
+    template <bool FEEDBACK>
+    __device__ void round_units(const float *feedback, bool has_tokens, bool is_stored, word_writer &words)
+    {
+#pragma unroll 1
+        for (int unit = 0; unit < shape::UNITS; unit++) {
+            if (FEEDBACK) {
+                __pipeline_wait_prior(0);
+                __syncthreads(); /* all have the columns, and are done with those before */
+                if (shape::STAGES > 1)
+                    smem.request(feedback, unit + 1);
+            }
+            if (has_tokens) {
+                const uint32_t block = unit * UNIT_CHANNELS / layout.block_size, byte = bytes[block][lane_of_thread()];
+                uint32_t quads[UNIT_LANES];
+                if (FEEDBACK)
+                    look_back(unit);
+                round_unit<FEEDBACK>(unit, step_of_byte<SCALED>(byte, layout.mantissa_bits), quads);
+                if (is_stored) {
+                    words.store(unit, quads);
+                    if (unit * UNIT_CHANNELS % layout.block_size == 0)
+                        words.tile[exponent_offset(&layout, block, words.token)] = (uint8_t)byte;
+                }
+            }
+            if (FEEDBACK && shape::STAGES == 1) {
+                __syncthreads();
+                smem.request(feedback, unit + 1);
+            }
+        }
+    }
+
+  private:
+    /* Four tokens from `at` on, each channel's in row place(channel). */
+    template <int N, class Place>
+    __device__ void store_tokens(const float (&x)[shape::TOGETHER][N], int at, Place place)
+    {
+#pragma unroll
+        for (int i = 0; i < N; i++)
+            if (holds_channel<HEAD_DIM>(i))
+                store_floats(&y[place(i * WARP + lane_of_thread())][at], x[0][i], x[1][i], x[2][i], x[3][i]);
+    }
+
+    __device__ float largest_of_unit(int unit) const
+    {
+        float x[UNIT_CHANNELS];
+#pragma unroll
+        for (int i = 0; i < UNIT_CHANNELS; i++)
+            x[i] = y[unit * UNIT_CHANNELS + i][lane_of_thread()];
+#pragma unroll
+        for (int apart = 1; apart < UNIT_CHANNELS; apart *= 2)
+#pragma unroll
+            for (int i = 0; i < UNIT_CHANNELS; i += 2 * apart)
+                x[i] = larger_of(x[i], x[i + apart]);
+        return x[0];
+    }
+
+    /* In halves. */
+    __device__ static float sum_of(float (&sums)[UNIT_CHANNELS])
+    {
+#pragma unroll
+        for (int halving = 1; halving <= 4; halving++)
+#pragma unroll
+            for (int i = 0; i < UNIT_CHANNELS >> halving; i++)
+                sums[i] = __fadd_rn(sums[i], sums[i + (UNIT_CHANNELS >> halving)]);
+        return sums[0];
+    }
+};
 
 template <int HEAD_DIM, bool SCALED, uint32_t X_TYPE>
 __device__ inline void round_many(const pack_work &work, const pack_side &side, const many_slots &slots,
                                   const float *feedback, many_smem<HEAD_DIM> &smem)
 {
-    using packer_type = many_packer<HEAD_DIM, SCALED>;
-    const uint32_t context = blockIdx.z, kv_head = blockIdx.y, last = slots.first + many_shape<HEAD_DIM>::WARP_SLOTS;
-    packer_type packer = {side.cache.layout, smem, smem.warps[threadIdx.x / WARP]};
-    const bool has_tokens = last > slots.first_new && slots.first < min(slots.end_new, slots.n_positions);
-    const uint32_t slot = slots.first + packer.own_slot();
+    const uint32_t context = blockIdx.z, kv_head = blockIdx.y, warp = threadIdx.x / WARP;
+    many_packer<HEAD_DIM, SCALED> packer = {side.cache.layout, smem, smem.y[warp], smem.bytes[warp]};
+    const bool has_tokens = slots.first + WARP > slots.first_new && slots.first < min(slots.end_new, slots.n_positions);
     uint32_t stored = 0;
     uint8_t *tile = nullptr;
     if (has_tokens) {
         const head_maker<HEAD_DIM, X_TYPE> maker(work, side, kv_head);
         tile = tile_at(side.cache.pages, context, slots.first / KSORT_TILE_TOKENS, kv_head);
-        stored = take_tokens<HEAD_DIM, SCALED, X_TYPE>(
-            maker, slots, context * work.context_stride + (size_t)kv_head * HEAD_DIM, packer);
+        stored = packer.make_tokens(maker, slots, context * work.context_stride + (size_t)kv_head * HEAD_DIM);
+        packer.choose_bytes();
     }
-    const bool is_stored = stored >> packer.own_slot() & 1 && packer.lane_of_group() < many_shape<HEAD_DIM>::TOKENS;
-    word_writer words = {side.cache.layout, tile, slot % KSORT_TILE_TOKENS};
+    const bool is_stored = stored >> lane_of_thread() & 1;
+    word_writer words = {side.cache.layout, tile, (slots.first + lane_of_thread()) % KSORT_TILE_TOKENS};
     if (feedback)
-        packer.template round_units<0, true>(feedback, has_tokens, is_stored, words);
+        packer.template round_units<true>(feedback, has_tokens, is_stored, words);
     else
-        packer.template round_units<0, false>(nullptr, has_tokens, is_stored, words);
+        packer.template round_units<false>(nullptr, has_tokens, is_stored, words);
 }
 
 /* Rounds the index-th SLOTS slots of a context that new tokens touch, of one KV head. */
@@ -339,7 +308,7 @@ __device__ inline void pack_many(const pack_work &work, const pack_side &side, u
     const uint32_t first = (slots.first_new / shape::SLOTS + index) * shape::SLOTS;
     if (first >= slots.end_new || slots.first_new == slots.end_new)
         return;
-    slots.first = first + threadIdx.x / WARP * shape::WARP_SLOTS;
+    slots.first = first + threadIdx.x / WARP * WARP;
     slots.n_positions = n_slots(side.cache.pages);
     if (threadIdx.x == 0 && min(first + shape::SLOTS, slots.end_new) > slots.n_positions)
         report(work.tokens, KSORT_ERR_ARGUMENT);
@@ -352,12 +321,11 @@ __device__ inline void pack_many(const pack_work &work, const pack_side &side, u
     const float *feedback = side.transform.feedback;
     if (feedback) {
         feedback += (size_t)kv_head * HEAD_DIM * HEAD_DIM;
-        for (int panel = 0; panel < shape::STAGES - 1; panel++)
-            smem.feedback.template request<shape::THREADS>(feedback, panel);
+        smem.request(feedback, 0);
     }
-    for (uint32_t c = threadIdx.x; c < HEAD_DIM; c += shape::THREADS) {
+    for (uint32_t place = threadIdx.x; place < HEAD_DIM; place += shape::THREADS) {
         const uint16_t *permutation = side.transform.permutation;
-        smem.permutation[c] = permutation ? permutation[(size_t)kv_head * HEAD_DIM + c] : (uint16_t)c;
+        smem.places[permutation ? permutation[(size_t)kv_head * HEAD_DIM + place] : place] = (uint16_t)place;
     }
     __syncthreads();
     if (side.cache.layout.is_scaled)

@@ -1,10 +1,5 @@
 /* Scale bytes of transformed heads, as FORMAT.md section 3 chooses them: two are tried, and that which leaves the
- * smaller squared error is taken. Lanes hold quads, four neighbouring channels of a token; four neighbouring lanes a
- * unit of 16 channels:
- *
- *     lane % 4             0            1            2            3
- *     channels of a unit   0 1 2 3      4 5 6 7      8 9 10 11    12 13 14 15
- *     partial sums         0 1 2 3      4 5 6 7      ...                         sum c % 16 is in the lane of channel c
+ * smaller squared error is taken. A quad is four neighbouring channels, a unit 16, as there are partial sums.
  */
 #ifndef KSORT_CUDA_PACK_SCALES_CUH
 #define KSORT_CUDA_PACK_SCALES_CUH
@@ -51,45 +46,10 @@ __device__ inline float units_of(float y, const step_inverse &inverse)
     return SCALED ? __fmul_rn(y, inverse.first) : units_of_step(y, inverse);
 }
 
-/* The largest value of a block and the largest of its negatives, both at least 0; of BFP only the larger counts. */
-struct extremes {
-    float top, bottom;
-
-    __device__ void add(const float (&y)[QUAD_CHANNELS])
-    {
-#pragma unroll
-        for (int j = 0; j < QUAD_CHANNELS; j++)
-            top = fmaxf(top, y[j]), bottom = fmaxf(bottom, -y[j]);
-    }
-    __device__ void add(const extremes &other) { top = fmaxf(top, other.top), bottom = fmaxf(bottom, other.bottom); }
-    /* Those of lanes that differ in one bit become the same. */
-    __device__ void share(uint32_t apart)
-    {
-        add(extremes{__shfl_xor_sync(ALL_LANES, top, apart), __shfl_xor_sync(ALL_LANES, bottom, apart)});
-    }
-    /* The first of the largest magnitudes decides the sign. */
-    __device__ bool is_tie() const { return top == bottom && top > 0.0f; }
-};
-
-/* A bit for each block of a head's row in shared memory: whether the first of its largest magnitudes is positive. Slow:
- * for ties. */
-template <int HEAD_DIM, class Channel>
-__device__ inline uint32_t signs_of_blocks(uint32_t block_size, Channel channel)
+/* The value of larger magnitude; of equal ones the first. */
+__device__ inline float larger_of(float first, float second)
 {
-    uint32_t positive = 0;
-    float largest = 0.0f;
-#pragma unroll 1
-    for (uint32_t c = 0; c < HEAD_DIM; c++) {
-        const uint32_t bit = 1u << c / UNIT_CHANNELS / (block_size / UNIT_CHANNELS);
-        const float y = channel(c);
-        if ((c & (block_size - 1)) == 0)
-            largest = 0.0f;
-        if (fabsf(y) > largest) {
-            largest = fabsf(y);
-            positive = y > 0.0f ? positive | bit : positive & ~bit;
-        }
-    }
-    return positive;
+    return fabsf(second) > fabsf(first) ? second : first;
 }
 
 /* The two scale bytes that a block may have, and the squared errors of both. */
@@ -101,15 +61,16 @@ struct scale_trial {
     step_inverse inverses[2];
     float weights[2]; /* of squared errors in units of a step */
 
-    __device__ void begin(const extremes &block, bool is_positive, uint32_t mantissa_bits)
+    /* first_largest: the value of largest magnitude, the first of equal ones. */
+    __device__ void begin(float first_largest, uint32_t mantissa_bits)
     {
         unit = unit_step(mantissa_bits);
-        const float largest = fmaxf(block.top, block.bottom);
+        const float largest = fabsf(first_largest);
         if (SCALED) {
             /* the largest over 2^(mantissa_bits - 1) */
             const uint32_t above =
                 min(scale_code_above(__fmul_rn(largest, bits_float((128 - mantissa_bits) << 23))), 0x7Bu);
-            byte = above | (is_positive && above > 0 ? 0x80u : 0u);
+            byte = above | (first_largest > 0.0f && above > 0 ? 0x80u : 0u);
             may_lower = above > 1;
 #pragma unroll
             for (int i = 0; i < 2; i++) {
@@ -136,21 +97,10 @@ struct scale_trial {
             r[i] = __fsub_rn(u[i], mantissa_of(mantissa_bits_of(u[i], unit.low, unit.high)));
     }
 
-    /* The scale byte. sums: of the lane's partial sums. */
-    __device__ uint32_t choose(float (&sums)[2][QUAD_CHANNELS]) const
+    /* The scale byte. sums: of squared errors, of both. */
+    __device__ uint32_t choose(float sum, float sum_of_lower) const
     {
-        float total[2];
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-#pragma unroll
-            for (uint32_t apart = 2; apart > 0; apart /= 2)
-#pragma unroll
-                for (int j = 0; j < QUAD_CHANNELS; j++)
-                    sums[i][j] = __fadd_rn(sums[i][j], __shfl_xor_sync(ALL_LANES, sums[i][j], apart));
-            total[i] = __fadd_rn(__fadd_rn(sums[i][0], sums[i][2]), __fadd_rn(sums[i][1], sums[i][3]));
-            total[i] = __fmul_rn(total[i], weights[i]);
-        }
-        return may_lower && total[1] < total[0] ? byte - 1 : byte;
+        return may_lower && __fmul_rn(sum_of_lower, weights[1]) < __fmul_rn(sum, weights[0]) ? byte - 1 : byte;
     }
 };
 
