@@ -122,4 +122,25 @@ __device__ inline void request_floats(float *to, const float *from, int n)
         __pipeline_memcpy_async(to + i, from + i, sizeof(float));
 }
 
+/* Rows of the feedback matrix [HEAD_DIM][HEAD_DIM] in shared memory, in panels of a unit's: all of them, or STAGES. */
+template <int HEAD_DIM, int STAGES>
+struct feedback_panels {
+    static constexpr int PANELS = HEAD_DIM / UNIT_CHANNELS;
+    alignas(16) float rows[STAGES][UNIT_CHANNELS][HEAD_DIM];
+
+    /* Asks for a panel from its own channels on, or nothing past the last one. */
+    template <int THREADS>
+    __device__ void request(const float *feedback, int panel)
+    {
+        constexpr int LANES = THREADS / UNIT_CHANNELS; /* of a row */
+        const int row = threadIdx.x / LANES, at = panel * UNIT_CHANNELS + row;
+        if (panel < PANELS)
+            for (int column = panel * UNIT_CHANNELS + threadIdx.x % LANES * 4; column < HEAD_DIM; column += LANES * 4)
+                request_floats(&rows[panel % STAGES][row][column], feedback + (size_t)at * HEAD_DIM + column, 4);
+        __pipeline_commit();
+    }
+
+    __device__ const float (&panel(int panel) const)[UNIT_CHANNELS][HEAD_DIM] { return rows[panel % STAGES]; }
+};
+
 #endif /* KSORT_CUDA_PACK_HEADS_CUH */
