@@ -1,5 +1,5 @@
-/* Transformed heads on their way from x to rows in shared memory: RoPE, shift, scale, rotate, by one warp in
- * common/transform.cuh's layout.
+/* Transformed heads on their way from x to what is rounded: RoPE, shift, scale, rotate, by one warp in
+ * common/transform.cuh's layout; and rows of the feedback matrix in shared memory.
  */
 #ifndef KSORT_CUDA_PACK_HEADS_CUH
 #define KSORT_CUDA_PACK_HEADS_CUH

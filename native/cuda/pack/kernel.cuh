@@ -10,7 +10,7 @@
  *     nearest rounding, RoPE:     32 slots of a few heads, a lane a slot                               (pack/rope.cuh)
  *                       none:     32 slots of a few heads, a lane 8 channels of four slots a time      (pack/plain.cuh)
  *     transformed heads, few:     8 tokens of one head, a warp a token; other numbers for other heads  (pack/few.cuh)
- *                        many:    128 slots of one head, four lanes four slots                         (pack/many.cuh)
+ *                        many:    128 slots of one head, a lane a slot                                 (pack/many.cuh)
  *
  * Bytes moved, a head of one token: head_dim times 2 or 4 in, head_dim * bits / 8 + blocks out. Besides, mostly from
  * L2: rows of cos and sin and RoPE tables once a block with nearest rounding; of transformed heads rows of cos and sin
