@@ -92,7 +92,7 @@ uint32_t ksort_cuda_abi_version(void);
 /* Whether the current device runs this library's kernels: KSORT_OK, or KSORT_ERR_CUDA. Thread-safe. */
 ksort_status ksort_cuda_device_status(void);
 
-/* Pack: RoPE, transform, round and store, one launch for keys and values. The stored bytes are those of ksort_pack.
+/* Pack: RoPE, transform, round and store, in one launch or a few. The stored bytes are those of ksort_pack.
  * rope and the transforms are ksort.h's with device pointers; rope->cos and ->sin are [n_positions, n_frequencies], a row
  * for each position. Tables are trusted: what ksort_pack checks about them is not looked at. */
 typedef struct ksort_cuda_pack_args {

@@ -38,7 +38,7 @@ static void fill_rows(token_rows *x, const shape &p, uint32_t n_heads, F fill) {
 
 /* Heads that encoders get wrong: ties, outliers, all largest, subnormal, zero; now and then one that is refused. */
 static void fill_nasty(rng *r, std::vector<float> &head, bool with_faults) {
-    static const float factors[] = {1.0f, 1.0f, 1e30f, 1e-30f, 0x1p-126f, 0x1p-140f, 0.0f};
+    static const float factors[] = {1.0f, 1.0f, 300.0f, 1e-3f, 3e-6f, 1e30f, 1e-30f, 0x1p-126f, 0x1p-140f, 0.0f};
     uint32_t kind = rng_between(r, 0, 9);
     float factor = factors[rng_between(r, 0, sizeof factors / sizeof *factors - 1)];
     for (float &x : head) {
@@ -54,8 +54,9 @@ static void fill_nasty(rng *r, std::vector<float> &head, bool with_faults) {
 
 /* One random problem of ksort_cuda_pack: all bytes of both caches, stale ones too, are those of ksort_pack, and those of
  * exact rows beside them what FORMAT.md says. */
-static void compare_pack(rng *r, uint32_t index) {
-    shape p = random_shape(r, index, rng_between(r, 0, 2) ? 40 : 150);
+static void compare_pack(rng *r, uint32_t index, uint32_t most_tokens) {
+    shape p = random_shape(r, index, most_tokens);
+    if (coin(r)) set_scaled_types(r, &p);
     paged_cache k(r, p, p.k), v(r, p, p.v);
     rope_tables rope(r, p, p.capacity());
     transform_tables k_tables(r, p), v_tables(r, p);
@@ -242,8 +243,9 @@ int main(int argc, char **argv) {
         return SKIPPED;
     }
     CHECK_OK(ksort_cuda_device_status());
-    for (uint32_t i = 0; i < n_problems; i++) compare_pack(&r, i);
-    printf("pack: %u problems\n", n_problems);
+    for (uint32_t i = 0; i < n_problems; i++) compare_pack(&r, i, rng_between(&r, 0, 2) ? 40 : 150);
+    for (uint32_t i = 0; i < n_problems / 6; i++) compare_pack(&r, i * 8, 2304); /* all slots of its longest caches */
+    printf("pack: %u problems, %u with many tokens\n", n_problems, n_problems / 6);
     compare_attends(&r, "decode", n_problems, 1);
     error_shares prompts = compare_attends(&r, "prompt", n_problems, 100);
     CHECK(prompts.n_coarse > 0 || n_problems < 20); /* else long rows were not looked at */

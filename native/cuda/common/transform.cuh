@@ -93,13 +93,17 @@ __device__ inline void load_turns(const ksort_rope &rope, uint32_t kv_head, head
 {
     if (!rope.partner)
         return;
+#pragma unroll
+    for (int i = 0; i < CHANNELS_A_LANE<HEAD_DIM>; i++)
+        turns.partner[i] = turns.frequency[i] = 0, turns.sign[i] = 0;
     load_entries<HEAD_DIM>(rope.partner, kv_head, turns.partner);
     load_entries<HEAD_DIM>(rope.frequency, kv_head, turns.frequency);
     load_entries<HEAD_DIM>(rope.sign, kv_head, turns.sign);
 #pragma unroll
-    for (int i = 0; i < CHANNELS_A_LANE<HEAD_DIM>; i++)
-        if (turns.sign[i] == 0)
-            turns.partner[i] = i * WARP + lane_of_thread();
+    for (int i = 0; i < CHANNELS_A_LANE<HEAD_DIM>; i++) {
+        turns.partner[i] = turns.sign[i] == 0 ? i * WARP + lane_of_thread() : turns.partner[i];
+        turns.frequency[i] = turns.sign[i] == 0 ? 0 : turns.frequency[i]; /* the table's may be anything */
+    }
 }
 
 template <int HEAD_DIM>
@@ -112,10 +116,9 @@ __device__ inline void load_cos_sin(const ksort_rope &rope, uint32_t position, c
     const float *sines = rope.sin + (size_t)position * rope.n_frequencies;
 #pragma unroll
     for (int i = 0; i < CHANNELS_A_LANE<HEAD_DIM>; i++) {
-        const bool turned = holds_channel<HEAD_DIM>(i) && turns.sign[i] != 0;
-        const float sine = turned ? sines[turns.frequency[i]] : 0.0f;
-        cos_sin.cosine[i] = turned ? cosines[turns.frequency[i]] : 1.0f;
-        cos_sin.sine[i] = turned && turns.sign[i] < 0 ? -sine : sine;
+        const float cosine = cosines[turns.frequency[i]], sine = sines[turns.frequency[i]];
+        cos_sin.cosine[i] = turns.sign[i] == 0 ? 1.0f : cosine;
+        cos_sin.sine[i] = turns.sign[i] == 0 ? 0.0f : turns.sign[i] < 0 ? -sine : sine;
     }
 }
 
@@ -159,14 +162,13 @@ __device__ inline void rotate_head(float (&x)[CHANNELS_A_LANE<HEAD_DIM>])
 {
     constexpr int N = CHANNELS_A_LANE<HEAD_DIM>;
 #pragma unroll
-    for (int stride = 1; stride < WARP; stride *= 2)
+    for (int stride = 1; stride < WARP; stride *= 2) {
+        const float sign = lane_of_thread() & stride ? -1.0f : 1.0f;
 #pragma unroll
-        for (int i = 0; i < N; i++) {
-            float other = __shfl_xor_sync(ALL_LANES, x[i], stride);
-            float paired = lane_of_thread() & stride ? __fsub_rn(other, x[i]) : __fadd_rn(x[i], other);
-            if (stride < segment_of_register<HEAD_DIM>(i))
-                x[i] = paired;
-        }
+        for (int i = 0; i < N; i++)
+            if (stride < segment_of_register<HEAD_DIM>(i)) /* a + b or a - b: the product is exact */
+                x[i] = __fmaf_rn(sign, x[i], __shfl_xor_sync(ALL_LANES, x[i], stride));
+    }
 #pragma unroll
     for (int apart = 1; apart < N; apart *= 2)
 #pragma unroll

@@ -4,7 +4,7 @@
 #define KSORT_CUDA_PACK_GROUP_CUH
 
 #include "common/chunks.cuh"
-#include "pack/strip.cuh"
+#include "pack/work.cuh"
 
 constexpr int GROUP_SLOTS = WARP; /* of a thread block: half a tile */
 
@@ -71,6 +71,33 @@ __device__ inline void tell_refusal(const pack_work &work, const pack_side &side
     for (uint32_t c = 0; c < HEAD_DIM; c++)
         finite = finite && magnitude_bits(load_float(side.x, X_TYPE, at + c)) < FLOAT_MAGNITUDE_INF;
     report(work.tokens, finite ? KSORT_ERR_RANGE : KSORT_ERR_NON_FINITE);
+}
+
+/* The nearest of SBFP's codes to s, ties to the even one; s is at most SCALE_MAX. */
+__device__ inline uint32_t nearest_scale_code(float s)
+{
+    if (s < 0x1p-14f) /* counts of 2^-16 */
+        return (uint32_t)__float2int_rn(__fmul_rn(s, 0x1p16f));
+    const uint32_t bits = float_bits(s); /* the code's exponent and two bits of mantissa, and 21 bits more */
+    return min(((bits + 0xFFFFFu + (bits >> 21 & 1)) >> 21) - (112u << 2), 0x7Bu);
+}
+
+/* The nearest encoder on values of a block, whose largest magnitude is given as float bits. rounded: as clamped_quad
+ * takes it. Returns the scale byte. */
+template <bool MAY_BE_TINY = true, int N>
+__device__ inline uint32_t round_nearest(const head_layout &layout, uint32_t largest, float (&y)[N],
+                                         uint32_t (&rounded)[N])
+{
+    if (!layout.is_scaled) {
+        round_to_units<MAY_BE_TINY>(largest >> 23, layout.mantissa_bits, y, rounded);
+        return largest >> 23;
+    }
+    const float scale = __fdiv_rn(bits_float(largest), (float)((1 << (layout.mantissa_bits - 1)) - 1));
+    const uint32_t code = nearest_scale_code(scale);
+#pragma unroll
+    for (int j = 0; j < N; j++)
+        rounded[j] = float_bits(__fadd_rn(code == 0 ? 0.0f : __fdiv_rn(y[j], scale), UNITS));
+    return code;
 }
 
 #endif /* KSORT_CUDA_PACK_GROUP_CUH */

@@ -75,7 +75,7 @@ __device__ inline void prefetch_rows(const pack_work &work, const pack_side &sid
     const size_t first = blockIdx.z * work.context_stride + (size_t)first_head * HEAD_DIM;
     const uint32_t bytes = min(work.block_heads, work.n_kv_heads - first_head) * HEAD_DIM * ELEMENT_BYTES<X_TYPE>;
 #pragma unroll
-    for (uint32_t i = threadIdx.x; i < GROUP_SLOTS * ROW_LINES; i += strip_shape<HEAD_DIM>::THREADS) {
+    for (uint32_t i = threadIdx.x; i < GROUP_SLOTS * ROW_LINES; i += PACK_THREADS<HEAD_DIM>) {
         const uint32_t token = group_index * GROUP_SLOTS + i / ROW_LINES, in_row = i % ROW_LINES * LINE;
         const size_t at = (first + token * work.token_stride) * ELEMENT_BYTES<X_TYPE> + in_row;
         if (token < work.tokens.n_tokens && in_row < bytes)

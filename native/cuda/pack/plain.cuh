@@ -18,8 +18,7 @@ template <int HEAD_DIM, uint32_t X_TYPE>
 struct plain_shape {
     static constexpr int LANES = CHUNK_LANES<HEAD_DIM>;
     static constexpr int WARP_SLOTS = QUAD * WARP / LANES, WARPS_A_HEAD = GROUP_SLOTS / WARP_SLOTS;
-    static_assert(GROUP_HEADS<HEAD_DIM, X_TYPE> * WARPS_A_HEAD <= strip_shape<HEAD_DIM>::THREADS / WARP,
-                  "a lane has one quad");
+    static_assert(GROUP_HEADS<HEAD_DIM, X_TYPE> * WARPS_A_HEAD <= PACK_THREADS<HEAD_DIM> / WARP, "a lane has one quad");
 };
 
 template <int HEAD_DIM, uint32_t X_TYPE>
@@ -80,12 +79,37 @@ struct plain_packer {
                 to[t] = words[t];
     }
 
+    /* Four lanes have a group; its first one stores it. Lanes past the head hold zeros. */
+    __device__ void store_sbfp11(const uint32_t (&low)[QUAD], const uint32_t (&high)[QUAD], uint32_t stored) const
+    {
+        const uint32_t in_group = chunk % 4;
+        uint32_t words[3][QUAD];
+#pragma unroll
+        for (int t = 0; t < QUAD; t++) {
+            const uint32_t lower = ((low[t] & 0x03030303u) | (high[t] & 0x03030303u) << 2) << in_group % 2 * 4;
+            uint32_t upper = ((low[t] >> 2 & 0x01010101u) | (high[t] >> 1 & 0x02020202u)) << 2 * in_group;
+            upper |= __shfl_xor_sync(ALL_LANES, upper, 1);
+            words[0][t] = lower | __shfl_xor_sync(ALL_LANES, lower, 1);
+            words[1][t] = __shfl_xor_sync(ALL_LANES, words[0][t], 2);
+            words[2][t] = upper | __shfl_xor_sync(ALL_LANES, upper, 2);
+        }
+        uint32_t *to = reinterpret_cast<uint32_t *>(
+            tile + word_offset(&side.cache.layout, chunk / 4 * 3, first % KSORT_TILE_TOKENS));
+#pragma unroll
+        for (int w = 0; w < 3; w++)
+            store_words(to + w * STRIP_TOKENS, words[w], in_group == 0 ? stored : 0);
+    }
+
     /* Stores mantissas, four channels of a token in a word: BFP12 has a word a chunk, BFP16 two, BFP14 three words two
-     * chunks. All lanes. */
+     * chunks, SBFP11 three words four chunks. All lanes. */
     __device__ void store_mantissas(const uint32_t (&low)[QUAD], const uint32_t (&high)[QUAD], uint32_t stored) const
     {
         const head_layout &layout = side.cache.layout;
         const uint32_t bits = layout.mantissa_bits;
+        if (bits == 3) {
+            store_sbfp11(low, high, stored);
+            return;
+        }
         const uint32_t word = bits == 4 ? chunk : bits == 8 ? 2 * chunk : chunk / 2 * 3 + chunk % 2;
         uint32_t *to = reinterpret_cast<uint32_t *>(tile + word_offset(&layout, word, first % KSORT_TILE_TOKENS));
         if (bits == 8) {
@@ -108,41 +132,39 @@ struct plain_packer {
         store_words(to + 2 * STRIP_TOKENS, words, chunk % 2 == 0 ? stored : 0);
     }
 
-    /* Of the first chunk of a block. magnitudes: the block's. */
-    __device__ void store_exponents(uint32_t block, const uint32_t (&magnitudes)[QUAD], uint32_t stored) const
+    /* Of the first chunk of a block: its scale bytes. */
+    __device__ void store_bytes(uint32_t block, const uint32_t (&bytes)[QUAD], uint32_t stored) const
     {
         uint8_t *to = tile + exponent_offset(&side.cache.layout, block, first % KSORT_TILE_TOKENS);
         if (stored == ALL_STORED) {
-            const uint32_t low = __byte_perm(magnitudes[0] << 1, magnitudes[1] << 1, 0x0073);
-            const uint32_t high = __byte_perm(magnitudes[2] << 1, magnitudes[3] << 1, 0x0073);
-            *reinterpret_cast<uint32_t *>(to) = __byte_perm(low, high, 0x5410);
+            *reinterpret_cast<uint32_t *>(to) = quad_of(bytes[0], bytes[1], bytes[2], bytes[3]);
             return;
         }
 #pragma unroll
         for (int t = 0; t < QUAD; t++)
             if (stored >> t & 1)
-                to[t] = (uint8_t)(magnitudes[t] >> 23);
+                to[t] = (uint8_t)bytes[t];
     }
 
-    /* Rounds and stores a quad to BFP. magnitudes: of the lane's block. */
+    /* Rounds and stores a quad to BFP or SBFP. magnitudes: of the lane's block. */
     __device__ void pack_bfp(const uint32_t (&magnitudes)[QUAD], uint32_t stored) const
     {
         const head_layout &layout = side.cache.layout;
         const uint32_t log_lanes = __ffs(layout.block_size / CHUNK) - 1; /* of a block */
         const int32_t limit = (1 << (layout.mantissa_bits - 1)) - 1;
-        uint32_t low[QUAD], high[QUAD];
+        uint32_t low[QUAD], high[QUAD], bytes[QUAD];
 #pragma unroll
         for (int t = 0; t < QUAD; t++) {
             float y[CHUNK];
             uint32_t u[CHUNK];
             chunk_values<X_TYPE>(x[t], y);
-            round_to_units<X_TYPE != KSORT_F16>(magnitudes[t] >> 23, layout.mantissa_bits, y, u);
+            bytes[t] = round_nearest<X_TYPE != KSORT_F16>(layout, magnitudes[t], y, u);
             low[t] = clamped_quad(u[0], u[1], u[2], u[3], limit);
             high[t] = clamped_quad(u[4], u[5], u[6], u[7], limit);
         }
         store_mantissas(low, high, stored);
         if ((chunk & ((1 << log_lanes) - 1)) == 0)
-            store_exponents(chunk >> log_lanes, magnitudes, stored);
+            store_bytes(chunk >> log_lanes, bytes, stored);
     }
 
     __device__ void pack_floats(uint32_t stored) const

@@ -108,41 +108,41 @@ struct rope_packer {
         return true;
     }
 
-    /* Stored exponents of the unit's halves. magnitudes: of the halves. */
-    __device__ void find_exponents(const unit_place &unit, const uint32_t (&magnitudes)[2],
-                                   uint32_t (&exponents)[2]) const
+    /* magnitudes: of the unit's halves; become those of the blocks that these belong to. */
+    __device__ void share_magnitudes(const unit_place &unit, uint32_t (&magnitudes)[2]) const
     {
         const uint32_t block_size = rows.side.cache.layout.block_size, units = block_size / UNIT; /* a power of two */
         uint32_t largest = max(magnitudes[0], magnitudes[1]);
         if (block_size > UNIT)
             largest = largest_of_units(unit, unit.in_head & ~(units - 1), units);
-        exponents[0] = (block_size < UNIT ? magnitudes[0] : largest) >> 23;
-        exponents[1] = (block_size < UNIT ? magnitudes[1] : largest) >> 23;
+        magnitudes[0] = block_size < UNIT ? magnitudes[0] : largest;
+        magnitudes[1] = block_size < UNIT ? magnitudes[1] : largest;
     }
 
-    /* Rounds and stores the lane's unit of a head. */
-    __device__ void store_unit(const unit_place &unit, uint8_t *tile, bool is_stored, const uint32_t (&exponents)[2],
+    /* Rounds and stores the lane's unit of a head. magnitudes: of blocks. */
+    __device__ void store_unit(const unit_place &unit, uint8_t *tile, bool is_stored, const uint32_t (&magnitudes)[2],
                                float (&y)[2][HALF_UNIT]) const
     {
         const head_layout &layout = rows.side.cache.layout;
         const uint32_t token = (rows.group.first + rows.lane) % KSORT_TILE_TOKENS;
         const uint32_t log_block = __ffs(layout.block_size) - 1; /* a power of two, unknown to the compiler */
         const int32_t limit = (1 << (layout.mantissa_bits - 1)) - 1;
+        word_writer words = {layout, tile, token};
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             if (half && !unit.has_second)
                 break;
             const uint32_t channel = unit.channel() + half * HALF_UNIT;
             uint32_t u[HALF_UNIT], quads[HALF_UNIT / 4];
-            round_to_units(exponents[half], layout.mantissa_bits, y[half], u);
+            const uint32_t byte = round_nearest(layout, magnitudes[half], y[half], u);
 #pragma unroll
             for (int q = 0; q < HALF_UNIT / 4; q++)
                 quads[q] = clamped_quad(u[4 * q], u[4 * q + 1], u[4 * q + 2], u[4 * q + 3], limit);
             if (!is_stored)
                 continue;
-            store_quads(layout, tile, token, channel / HALF_UNIT, quads);
+            words.store(channel / HALF_UNIT, quads);
             if ((channel & (layout.block_size - 1)) == 0)
-                tile[exponent_offset(&layout, channel >> log_block, token)] = (uint8_t)exponents[half];
+                tile[exponent_offset(&layout, channel >> log_block, token)] = (uint8_t)byte;
         }
     }
 
@@ -164,10 +164,9 @@ struct rope_packer {
         if (!unit.exists)
             return;
         const bool is_stored = wanted && !(refuses && is_refused(unit));
-        uint32_t exponents[2];
-        find_exponents(unit, magnitudes, exponents);
+        share_magnitudes(unit, magnitudes);
         uint8_t *tile = tile_of_group(rows.side, rows.group, rows.first_head + unit.head);
-        store_unit(unit, tile, is_stored, exponents, y);
+        store_unit(unit, tile, is_stored, magnitudes, y);
     }
 };
 

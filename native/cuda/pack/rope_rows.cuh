@@ -16,7 +16,7 @@ constexpr int UNIT = 2 * HALF_UNIT;
 
 template <int HEAD_DIM, uint32_t X_TYPE>
 struct rope_shape {
-    static constexpr int THREADS = strip_shape<HEAD_DIM>::THREADS, WARPS = THREADS / WARP;
+    static constexpr int THREADS = PACK_THREADS<HEAD_DIM>, WARPS = THREADS / WARP;
     static constexpr int HEADS = GROUP_HEADS<HEAD_DIM, X_TYPE>;
     static constexpr int UNITS = (HEAD_DIM + UNIT - 1) / UNIT; /* of a head */
     static_assert(HEADS * UNITS <= WARPS, "a warp for each unit");
