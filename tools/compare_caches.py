@@ -23,9 +23,11 @@ from ksort_gguf.eval.compare import Comparison
 from ksort_gguf.eval.kld_statistics import KldStatistics
 from ksort_gguf.eval.perplexity import tokenize_file
 
-OUR_DEFAULTS = ("bfp16", "bfp14", "bfp12")
+OUR_DEFAULTS = ("bfp16", "bfp14", "bfp12", "sbfp12", "sbfp11")
 PLAN_DEFAULTS = (
     "bfp12@ksort", "bfp12@balanced", "bfp12@balanced:text", "bfp12/bfp12@balanced", "bfp12/bfp12@balanced:text",
+    "sbfp12@balanced", "sbfp12@balanced:text", "sbfp12/sbfp12@balanced", "sbfp12/sbfp12@balanced:text",
+    "sbfp11@balanced", "sbfp11@balanced:text", "sbfp11/sbfp11@balanced:text",
 )  # fmt: skip
 PEER_DEFAULTS = (
     "q8_0", "q5_0", "q5_0+hadamard", "q4_0", "q4_0+hadamard", "mxint8", "mxfp4", "nvfp4", "nvint4", "nvint4+hadamard",

@@ -11,13 +11,14 @@ _N_CTX = 512
 _N_CHUNKS = 4
 _PROMPT = "A key cache stores"
 _N_PREDICT = 32
+_WITH_EXACT = "... and exact rows"  # the newest 128 tokens and the first 4, as by default
 
 
 def configure_parser(subparsers: "Subparsers") -> None:
     parser = subparsers.add_parser(
         "demo",
         help="convert, run and measure a small model",
-        description="Downloads SmolLM2-135M (93 MB, once), converts it, generates text, and measures five caches.",
+        description="Downloads SmolLM2-135M (93 MB, once), converts it, generates text, and measures seven caches.",
     )
     parser.add_argument("-t", "--threads", type=int, default=0, metavar="N", help="CPU threads (default: all)")
     parser.set_defaults(run=run)
@@ -31,7 +32,7 @@ def run(args: argparse.Namespace) -> None:
     stock_path = demo_model()
     folded_path, sorted_path = stock_path.with_suffix(".ksort.gguf"), stock_path.with_suffix(".sorted.gguf")
     convert(stock_path, folded_path, force=True)
-    print(f"{stock_path}\n  -> {folded_path} (balanced plan, BFP12 key cache declared)\n")
+    print(f"{stock_path}\n  -> {folded_path} (balanced plan, SBFP12 key cache declared)\n")
     balanced = load_model(folded_path, n_threads=args.threads)
     _generate(balanced)
     stock = load_model(stock_path, n_threads=args.threads)
@@ -43,7 +44,9 @@ def run(args: argparse.Namespace) -> None:
             ("BFP12 K, unsorted", stock, "bfp12", "f16"),
             ("BFP12 K, K-sort", k_sorted, "bfp12", "f16"),
             ("BFP12 K, balanced", balanced, "bfp12", "f16"),
-            ("BFP12 K and V", balanced, "bfp12", "bfp12"),
+            ("SBFP12 K, balanced", balanced, "sbfp12", "f16"),
+            ("SBFP12 K and V", balanced, "sbfp12", "sbfp12"),
+            (_WITH_EXACT, balanced, "sbfp12", "sbfp12"),
         ]
     )
 
@@ -75,7 +78,8 @@ def _measure(caches: list[tuple[str, "LoadedModel", str, str]]) -> None:
     bos_id = tokenizer.bos_id if tokenizer.add_bos else None
     with Comparison(tokens, _N_CTX, n_vocab, bos_id, _N_CHUNKS) as comparison:
         for row, (label, loaded, k_type, v_type) in enumerate(caches):
-            options = loaded.cache_options(k_type, v_type, exact_tail=0, exact_sinks=0)  # the types alone
+            n_exact = None if label == _WITH_EXACT else 0  # the default, or the types alone
+            options = loaded.cache_options(k_type, v_type, exact_tail=n_exact, exact_sinks=n_exact)
             context = loaded.backend.start(options, _N_CTX)
             forward = forward_of(context)
             if row == 0:
