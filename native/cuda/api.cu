@@ -196,8 +196,7 @@ ksort_status prepare_attend(const ksort_cuda_attend_args &args, memory memory, a
         int n_multiprocessors;
         if (multiprocessors(&n_multiprocessors) != cudaSuccess)
             return (ksort_status)KSORT_ERR_CUDA;
-        job->n_exact_splits = decode_exact_splits(*job);
-        job->n_splits = job->n_exact_splits + decode_splits(*job, n_multiprocessors);
+        job->n_splits = decode_splits(*job, n_multiprocessors);
     }
     const size_t n_rows = (size_t)job->tokens.n_contexts * job->tokens.n_tokens * job->n_heads;
     *workspace_bytes = place_workspace(n_rows, args.workspace, job);
