@@ -41,8 +41,8 @@ struct attend_job {
     __nv_bfloat16 *values; /* [rows][head_dim] */
     uint32_t query_stride; /* bytes: 4 * k.layout.n_quads rounded up to 32 */
     float *exact_queries;  /* [rows][head_dim]: as they are before rounding, for exact rows; NULL without these */
-    /* Prompt, with exact rows: what these add to a row of out, before it is divided by the sum, and its softmax. */
-    float *exact_sums;         /* [rows][head_dim] */
+    /* Prompt, with exact rows: a row's softmax. What they add to its outputs, before these are divided by the sum, takes
+     * the place of exact_queries. */
     exact_softmax *exact_rows; /* [rows] */
     /* Decode: softmax states and accumulators of the splits of a row, in the workspace. */
     uint32_t n_splits;
