@@ -150,7 +150,7 @@ bool is_decode(const attend_job &job)
 
 /* Gives the parts of the workspace their places, and returns its bytes:
  *
- *     decode: | mantissas | exponents | partials |      prompt: | values | sums and softmax of exact rows |
+ *     decode: | mantissas | exponents | partials |      prompt: | values | softmax of exact rows |
  *
  * and with exact rows | exact queries | at the end;
  *
@@ -170,10 +170,8 @@ size_t place_workspace(size_t n_rows, void *workspace, attend_job *job)
         job->partials = (float *)place(decode_partial_floats(*job) * sizeof *job->partials);
     } else {
         job->values = (__nv_bfloat16 *)place(n_rows * job->k.layout.head_dim * sizeof *job->values);
-        if (has_exact(job->k)) {
-            job->exact_sums = (float *)place(n_rows * job->k.layout.head_dim * sizeof *job->exact_sums);
+        if (has_exact(job->k))
             job->exact_rows = (exact_softmax *)place(n_rows * sizeof *job->exact_rows);
-        }
     }
     if (has_exact(job->k))
         job->exact_queries = (float *)place(n_rows * job->k.layout.head_dim * sizeof *job->exact_queries);
@@ -196,8 +194,7 @@ ksort_status prepare_attend(const ksort_cuda_attend_args &args, memory memory, a
         int n_multiprocessors;
         if (multiprocessors(&n_multiprocessors) != cudaSuccess)
             return (ksort_status)KSORT_ERR_CUDA;
-        job->n_exact_splits = decode_exact_splits(*job);
-        job->n_splits = job->n_exact_splits + decode_splits(*job, n_multiprocessors);
+        job->n_splits = decode_splits(*job, n_multiprocessors);
     }
     const size_t n_rows = (size_t)job->tokens.n_contexts * job->tokens.n_tokens * job->n_heads;
     *workspace_bytes = place_workspace(n_rows, args.workspace, job);

@@ -41,12 +41,11 @@ struct attend_job {
     __nv_bfloat16 *values; /* [rows][head_dim] */
     uint32_t query_stride; /* bytes: 4 * k.layout.n_quads rounded up to 32 */
     float *exact_queries;  /* [rows][head_dim]: as they are before rounding, for exact rows; NULL without these */
-    /* Prompt, with exact rows: what these add to a row of out, before it is divided by the sum, and its softmax. */
-    float *exact_sums;         /* [rows][head_dim] */
+    /* Prompt, with exact rows: a row's softmax. What they add to its outputs, before these are divided by the sum, takes
+     * the place of exact_queries. */
     exact_softmax *exact_rows; /* [rows] */
     /* Decode: softmax states and accumulators of the splits of a row, in the workspace. */
-    uint32_t n_splits; /* the last n_exact_splits are of exact rows */
-    uint32_t n_exact_splits;
+    uint32_t n_splits;
     float *partials; /* as decode/common.cuh lays them out */
 };
 
@@ -65,8 +64,7 @@ struct pack_job {
 
 /* Into how many splits the contexts of a job are cut (head counts, max_slots and layouts are set), and the floats of
  * partials they need (n_splits is set). decode/splits.cu */
-uint32_t decode_splits(const attend_job &job, int n_multiprocessors); /* beside n_exact_splits, which is set */
-uint32_t decode_exact_splits(const attend_job &job);
+uint32_t decode_splits(const attend_job &job, int n_multiprocessors);
 size_t decode_partial_floats(const attend_job &job);
 
 /* Compiled once for each head dimension; common/head_dim.cuh chooses. */

@@ -10,7 +10,7 @@
  *                           chunk: S = Q K^T (int8), P = 2^(S - max), O += P V (f16 or bf16)    O: registers, f32
  *     at the end:           the block's warps are joined in shared memory -> partials of the split
  *
- * The last splits are of exact rows (decode/exact.cuh). Warps only meet at the end, so that waiting for memory in one
+ * Some warps have exact rows first (decode/exact.cuh). Warps only meet at the end, so that waiting for memory in one
  * is hidden by others. Bytes moved: K and V tiles once for each 8 query heads; head_dim 128: 68 bytes a token for
  * BFP12, 256 for f16. Partials, 8 * (head_dim + 2) * 4 bytes a block, are 0.1% to 1% of that.
  */
@@ -41,6 +41,8 @@ __global__ void __launch_bounds__(WARP *WARPS, BLOCKS) decode_kernel(const __gri
     using ring_of_warp = chunk_ring<HEAD_DIM, K_TYPE, V_TYPE, STAGES>;
     using joined_warps = joined_smem<HEAD_DIM, WARPS>;
     constexpr uint32_t RING_BYTES = STAGES * ring_of_warp::STAGE_BYTES;
+    using exact_list_of_warp = exact_list<HEAD_DIM, K_TYPE, V_TYPE, WARPS, STAGES>;
+    constexpr bool MAY_BE_EXACT = V_TYPE != KSORT_BF16; /* such values have no exact rows beside them */
     static_assert(sizeof(query_smem<HEAD_DIM>) == query_bytes(HEAD_DIM));
     static_assert(sizeof(joined_warps) <= WARPS * RING_BYTES);
     extern __shared__ __align__(128) uint8_t shared[];
@@ -49,7 +51,9 @@ __global__ void __launch_bounds__(WARP *WARPS, BLOCKS) decode_kernel(const __gri
     const decode_work work = work_of_block(job);
     if (work.slots.exceeds && threadIdx.x == 0)
         report(job.tokens, KSORT_ERR_ARGUMENT);
-    if (!work.is_exact && work.first_chunk == work.end_chunk) {
+    const bool has_exact = MAY_BE_EXACT && job.exact_queries;
+    const exact_chunks exact(work.sections);
+    if (work.first_chunk == work.end_chunk && !(has_exact && exact.reach(job, work.split))) {
         wait_for_kernel_before();
         write_empty_part(job, work);
         return;
@@ -57,21 +61,31 @@ __global__ void __launch_bounds__(WARP *WARPS, BLOCKS) decode_kernel(const __gri
 
     /* The shuffle shows the compiler that a warp has one number. */
     const uint32_t lane = lane_of_warp(), warp = __shfl_sync(~0u, threadIdx.x / WARP, 0);
-    if (V_TYPE != KSORT_BF16 && work.is_exact) { /* such values have no exact rows beside them */
-        attend_exact<HEAD_DIM, WARPS>(job, work, warp, lane, shared);
-        return;
-    }
     query_smem<HEAD_DIM> &queries = *reinterpret_cast<query_smem<HEAD_DIM> *>(shared);
     uint8_t *rings = shared + sizeof queries;
-    ring_of_warp ring = {rings + warp * RING_BYTES};
+    ring_of_warp ring = {rings + (has_exact ? exact_list_of_warp::shape::place(warp) : warp * RING_BYTES)};
     chunk_list<WARPS> list(work, warp);
-    for (uint32_t i = 0; i < STAGES - 1; i++)
-        ring.fetch(job, work, list, i, lane);
+    auto fetch_first = [&] {
+        for (uint32_t i = 0; i < STAGES - 1; i++)
+            ring.fetch(job, work, list, i, lane);
+    };
+    const exact_list_of_warp exact_list(job, work, exact, warp, ring.smem);
+    const bool is_exact = has_exact && !exact_list.is_empty();
+    if (is_exact)
+        exact_list.fetch(job, work, exact_list.first, lane);
+    else
+        fetch_first();
     wait_for_kernel_before(); /* for queries: tiles are older, see common/dependent_launch.cuh */
+    exact_query<HEAD_DIM> exact_query;
+    if (is_exact)
+        exact_query.load(job, work, lane);
     load_queries<K_TYPE, HEAD_DIM>(job, work.context, work.first_head, work.n_rows, queries);
     __syncthreads();
 
     row_state<values::N_PRODUCTS> state;
+    if constexpr (MAY_BE_EXACT)
+        if (is_exact)
+            exact_list.attend(job, work, exact_query, lane, state, fetch_first);
     for (uint32_t i = 0; i < list.n_chunks; i++) {
         wait_for_copies<STAGES - 2>();
         __syncwarp(); /* all lanes' copies of chunk i are here, and all lanes are done with chunk i - 1 */
@@ -130,10 +144,10 @@ cudaError_t launch_decode_shaped(const attend_job &job, cudaStream_t stream)
     cudaError_t error = room_of_device(&room);
     if (error != cudaSuccess)
         return error;
-    const uint32_t packed_bytes = shared_bytes(HEAD_DIM, K_TYPE, V_TYPE, WARPS, STAGES);
-    const uint32_t exact_bytes = job.n_exact_splits ? exact_shape<HEAD_DIM, WARPS>::shared_bytes : 0;
-    config.dynamicSmemBytes =
-        balanced_shared_bytes(room, config.gridDim, packed_bytes > exact_bytes ? packed_bytes : exact_bytes);
+    uint32_t bytes = shared_bytes(HEAD_DIM, K_TYPE, V_TYPE, WARPS, STAGES);
+    if (job.exact_queries)
+        bytes += exact_shape<HEAD_DIM, K_TYPE, V_TYPE, WARPS, STAGES>::more_bytes;
+    config.dynamicSmemBytes = balanced_shared_bytes(room, config.gridDim, bytes);
     /* The same limit in every call: other threads launch the kernel too. */
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, room.shared_bytes_a_block);
     return error == cudaSuccess ? launch_dependent(config, kernel, job) : error;

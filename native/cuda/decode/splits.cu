@@ -19,16 +19,6 @@ static uint32_t most_chunks(const attend_job &job)
  * to end, which is that of WARM_UP chunks more. A chunk takes longer the more blocks share a multiprocessor: 0.85, 1.4
  * and 2 us with 1, 2 and 3 blocks on an H100. That is blocks + ALONE in units of 0.57 us, in which the others are too.
  * Each split costs the merge a little. The cheapest number of splits is taken, the smallest of equals. */
-uint32_t decode_exact_splits(const attend_job &job)
-{
-    constexpr uint32_t A_SPLIT = 4, MOST = 8; /* chunks: one for each warp of most blocks */
-    if (!job.k.exact.n_tail && !job.k.exact.n_sinks)
-        return 0;
-    const uint32_t n_tail = divide_up((uint64_t)job.k.exact.n_tail + CHUNK_TOKENS - 1, CHUNK_TOKENS);
-    const uint32_t n_chunks = n_tail + divide_up(job.k.exact.n_sinks, CHUNK_TOKENS), n = divide_up(n_chunks, A_SPLIT);
-    return n < MOST ? n : MOST;
-}
-
 uint32_t decode_splits(const attend_job &job, int n_multiprocessors)
 {
     constexpr float LATENCY = 2.0f, WARM_UP = 1.5f, ALONE = 0.5f, MERGING = 0.05f;
@@ -37,7 +27,7 @@ uint32_t decode_splits(const attend_job &job, int n_multiprocessors)
     const uint32_t n_chunks = most_chunks(job), most = divide_up(n_chunks, shape.warps);
     uint32_t best = 1;
     float least = INFINITY;
-    for (uint32_t n_splits = 1; n_splits <= most && n_splits + job.n_exact_splits <= MOST_SPLITS; n_splits++) {
+    for (uint32_t n_splits = 1; n_splits <= most && n_splits <= MOST_SPLITS; n_splits++) {
         const uint32_t n_waves = divide_up(rows * n_splits, (uint64_t)n_multiprocessors * shape.blocks);
         const uint32_t blocks = n_waves > 1 ? shape.blocks : divide_up(rows * n_splits, n_multiprocessors);
         const uint32_t a_warp = divide_up(divide_up(n_chunks, n_splits), shape.warps);

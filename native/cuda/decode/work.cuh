@@ -10,7 +10,7 @@
 struct decode_work {
     uint32_t context, kv_head, split;
     uint32_t first_head, n_rows; /* query heads */
-    bool has_token, is_exact;    /* is_exact: the block is of exact rows, and has no chunks here */
+    bool has_token;
     slot_sections sections;
     slot_span slots; /* packed ones */
     uint32_t first_chunk, end_chunk;
@@ -26,14 +26,12 @@ __device__ inline decode_work work_of_block(const attend_job &job)
     work.first_head = work.kv_head * job.group + row_block * ROWS;
     work.n_rows = min(job.group - row_block * ROWS, ROWS);
     const slot_span seen = slots_of(job, work.context);
-    const uint32_t n_splits = job.n_splits - job.n_exact_splits;
     work.has_token = seen.end != 0;
-    work.is_exact = work.split >= n_splits;
     work.sections = sections_of(job.k.exact, exact_begin(job.k.exact, work.context), seen.begin, seen.end);
     work.slots = {work.sections.sinks_end, work.sections.tail_begin, seen.exceeds};
     const uint32_t begin = work.slots.begin / CHUNK_TOKENS;
     const uint32_t end = work.slots.begin < work.slots.end ? (work.slots.end + CHUNK_TOKENS - 1) / CHUNK_TOKENS : begin;
-    const uint32_t share = (end - begin) / n_splits, rest = (end - begin) % n_splits; /* first splits: 1 more */
+    const uint32_t share = (end - begin) / job.n_splits, rest = (end - begin) % job.n_splits; /* first splits: 1 more */
     work.first_chunk = begin + share * work.split + min(work.split, rest);
     work.end_chunk = work.first_chunk + share + (work.split < rest ? 1 : 0);
     return work;

@@ -10,15 +10,6 @@
 #include "prompt/mma/kernel.cuh"
 #include "prompt/wgmma/kernel.cuh"
 
-/* Rows that see at most so many slots are short. What errors of 11-bit weights reach, as a share of the bound of the
- * CPU library's tests (tests/native_support.py), 64 and 128 channels, the largest of random problems:
- *
- *     slots seen                          up to 31    63    127    255    511    1023    1600
- *     weight on many slots                      15   1.8    1.0    0.9    0.5     0.2     0.1
- *     on two, with values of +1 and -1         1.1   0.9    1.0    0.8    1.2     0.8     0.4
- */
-constexpr uint32_t SHORT_SLOTS = 512;
-
 template <int HEAD_DIM>
 static uint32_t prompt_smem_bytes(const attend_job &job)
 {

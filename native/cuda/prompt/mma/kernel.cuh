@@ -32,9 +32,10 @@ __device__ inline void add_tile(lane_rows<HEAD_DIM> &rows, const uint32_t (&q)[H
                                 const tile_pipeline<HEAD_DIM> &tiles, uint32_t tile, int top, float log2_scale)
 {
     uint32_t p[PARTS][KEY_STEPS][4];
-    rows.template weigh_tile<PARTS>(
-        p, tiles.job, tiles.block, threadIdx.x / WARP * MMA_ROWS, tile, section::packed, tile == tiles.block.first_tile,
-        log2_scale, [&](float (&scores)[TILE / 8][4]) { key_product<HEAD_DIM>(scores, q, tiles.keys(tile)); });
+    rows.template weigh_tile<PARTS>(p, tile == tiles.block.first_tile, log2_scale, [&](float (&scores)[TILE / 8][4]) {
+        key_product<HEAD_DIM>(scores, q, tiles.keys(tile));
+        rows.mask(scores, tiles.job, tiles.block, threadIdx.x / WARP * MMA_ROWS, tile);
+    });
     rows.raise_top(top);
     value_product<HEAD_DIM, PARTS>(rows.out, p, tiles.values(tile));
 }

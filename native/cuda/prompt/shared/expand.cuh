@@ -103,9 +103,9 @@ __device__ inline void store_chunks(uint8_t *panels_smem, uint32_t token, uint32
     }
 }
 
-/* Walks over a packed tile of BITS-bit mantissas. scale_of(exponent byte) gives a pair of equal scales. 16 threads are
- * a worker: a token of a strip each, so that neither reads nor writes meet in a bank. A worker takes an item (words of
- * whole chunks) in all strips, whose addresses differ by constants; where items are few, in a part of the strips. */
+/* Walks over a packed tile of BITS-bit mantissas. scale_of(exponent byte, token) gives a pair of equal scales. 16 threads
+ * are a worker: a token of a strip each, so that neither reads nor writes meet in a bank. A worker takes an item (words
+ * of whole chunks) in all strips, whose addresses differ by constants; where items are few, in a part of the strips. */
 template <typename PAIR, int BITS, int HEAD_DIM, int THREADS, typename SCALE_OF>
 __device__ inline void expand_mantissas(uint8_t *panels_smem, const uint8_t *packed_smem, uint32_t block_size,
                                         SCALE_OF scale_of)
@@ -130,7 +130,7 @@ __device__ inline void expand_mantissas(uint8_t *panels_smem, const uint8_t *pac
 #pragma unroll
         for (uint32_t strip = 0; strip < STRIPS; strip++) {
             uint32_t token = first_token + strip * STRIP_TOKENS;
-            scales[strip] = scale_of(packed_smem[exponent_offset(&known, block, token)]);
+            scales[strip] = scale_of(packed_smem[exponent_offset(&known, block, token)], token);
 #pragma unroll
             for (uint32_t w = 0; w < WORDS; w++)
                 words[strip][w] =
@@ -153,7 +153,7 @@ __device__ inline __nv_bfloat162 key_scale(uint8_t exponent)
 }
 
 /* The scale of SBFP, exactly. */
-__device__ inline __nv_bfloat162 scaled_key_scale(uint8_t scale)
+__device__ inline __nv_bfloat162 scaled_key_scale(uint8_t scale, uint32_t)
 {
     return key_pair::splat(__half2float(__ushort_as_half((uint16_t)(scale << 8))));
 }
@@ -162,18 +162,21 @@ template <int HEAD_DIM, int THREADS>
 __device__ void expand_keys(uint8_t *panels_smem, const uint8_t *packed_smem, const head_layout &layout)
 {
     if (layout.type == KSORT_BFP12)
-        expand_mantissas<key_pair, 4, HEAD_DIM, THREADS>(panels_smem, packed_smem, layout.block_size,
-                                                         [](uint8_t exponent) { return key_scale<4>(exponent); });
+        expand_mantissas<key_pair, 4, HEAD_DIM, THREADS>(
+            panels_smem, packed_smem, layout.block_size,
+            [](uint8_t exponent, uint32_t) { return key_scale<4>(exponent); });
     else if (layout.type == KSORT_BFP14)
-        expand_mantissas<key_pair, 6, HEAD_DIM, THREADS>(panels_smem, packed_smem, layout.block_size,
-                                                         [](uint8_t exponent) { return key_scale<6>(exponent); });
+        expand_mantissas<key_pair, 6, HEAD_DIM, THREADS>(
+            panels_smem, packed_smem, layout.block_size,
+            [](uint8_t exponent, uint32_t) { return key_scale<6>(exponent); });
     else if (layout.type == KSORT_SBFP12)
         expand_mantissas<key_pair, 4, HEAD_DIM, THREADS>(panels_smem, packed_smem, layout.block_size, scaled_key_scale);
     else if (layout.type == KSORT_SBFP11)
         expand_mantissas<key_pair, 3, HEAD_DIM, THREADS>(panels_smem, packed_smem, layout.block_size, scaled_key_scale);
     else
-        expand_mantissas<key_pair, 8, HEAD_DIM, THREADS>(panels_smem, packed_smem, layout.block_size,
-                                                         [](uint8_t exponent) { return key_scale<8>(exponent); });
+        expand_mantissas<key_pair, 8, HEAD_DIM, THREADS>(
+            panels_smem, packed_smem, layout.block_size,
+            [](uint8_t exponent, uint32_t) { return key_scale<8>(exponent); });
 }
 
 /* 2^(exponent - 127 - (BITS - 2)) * 2^(UNIT_TOP - top), subnormal where it must be, 0 below: as 2^(exponent - top)
@@ -186,14 +189,12 @@ __device__ inline __half2 value_scale(uint8_t exponent, int top)
     return __hmul2(bits_as<__half2>(field * 0x04000400u), value_pair::splat(1.0f / (1 << REST)));
 }
 
-/* The same of SBFP. What stale bytes make is kept finite: 63 times what lifts bytes, and a mantissa, f16 holds. */
+/* The same of SBFP, whose scales up to `top` make finite values. */
 __device__ inline __half2 scaled_value_scale(uint8_t scale, int top)
 {
     constexpr int BIAS = 15;
-    const __half2 largest = value_pair::splat(63.0f);
     const __half2 unit = bits_as<__half2>((uint32_t)(BIAS + UNIT_TOP - top) * 0x04000400u);
-    const __half2 scaled = __hmul2(bits_as<__half2>(scale * 0x01000100u), unit);
-    return __hmin2(__hmax2(scaled, __hneg2(largest)), largest); /* of NaN and a number the number */
+    return __hmul2(bits_as<__half2>(scale * 0x01000100u), unit);
 }
 
 __device__ inline uint32_t half_of_bf16(uint32_t pair, float scale)
@@ -226,20 +227,21 @@ template <int HEAD_DIM, int THREADS>
 __device__ void expand_values(uint8_t *panels_smem, const uint8_t *packed_smem, const head_layout &layout, int top,
                               uint32_t n_valid)
 {
+    auto scale_of_valid = [=](uint8_t scale, uint32_t token) {
+        return scaled_value_scale(token < n_valid ? scale : 0, top);
+    };
     if (layout.type == KSORT_BFP12)
         expand_mantissas<value_pair, 4, HEAD_DIM, THREADS>(
             panels_smem, packed_smem, layout.block_size,
-            [=](uint8_t exponent) { return value_scale<4>(exponent, top); });
+            [=](uint8_t exponent, uint32_t) { return value_scale<4>(exponent, top); });
     else if (layout.type == KSORT_BFP16)
         expand_mantissas<value_pair, 8, HEAD_DIM, THREADS>(
             panels_smem, packed_smem, layout.block_size,
-            [=](uint8_t exponent) { return value_scale<8>(exponent, top); });
+            [=](uint8_t exponent, uint32_t) { return value_scale<8>(exponent, top); });
     else if (layout.type == KSORT_SBFP12)
-        expand_mantissas<value_pair, 4, HEAD_DIM, THREADS>(
-            panels_smem, packed_smem, layout.block_size, [=](uint8_t scale) { return scaled_value_scale(scale, top); });
+        expand_mantissas<value_pair, 4, HEAD_DIM, THREADS>(panels_smem, packed_smem, layout.block_size, scale_of_valid);
     else if (layout.type == KSORT_SBFP11)
-        expand_mantissas<value_pair, 3, HEAD_DIM, THREADS>(
-            panels_smem, packed_smem, layout.block_size, [=](uint8_t scale) { return scaled_value_scale(scale, top); });
+        expand_mantissas<value_pair, 3, HEAD_DIM, THREADS>(panels_smem, packed_smem, layout.block_size, scale_of_valid);
     else
         expand_rows<HEAD_DIM, THREADS>(panels_smem, packed_smem, layout.type == KSORT_BF16, top, n_valid);
 }

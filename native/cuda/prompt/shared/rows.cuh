@@ -18,9 +18,6 @@ __host__ __device__ inline float log2_scale_of(const attend_job &job)
     return fmaxf(fabsf(job.scale) * LOG2_E, FLT_MIN);
 }
 
-/* Of the slots that a row sees (common/exact.cuh). */
-enum class section { sinks, packed, tail };
-
 /* Where a row of the block is among prepared queries, and what else has their order. */
 __device__ inline size_t prepared_row(const attend_job &job, const row_block &block, uint32_t row)
 {
@@ -31,7 +28,7 @@ __device__ inline size_t prepared_row(const attend_job &job, const row_block &bl
 /* Of values, before the first tile. */
 __device__ inline int first_top(const attend_job &job)
 {
-    return job.v.layout.type == KSORT_F16 ? UNIT_TOP : job.exact_sums ? FIRST_EXACT_TOP : FIRST_TOP;
+    return job.v.layout.type == KSORT_F16 ? UNIT_TOP : job.exact_rows ? FIRST_EXACT_TOP : FIRST_TOP;
 }
 
 /* What a lane keeps of its two rows. */
@@ -58,14 +55,14 @@ struct lane_rows {
      * as queries of prompt/wgmma/kernel.cuh. */
     __device__ void load_exact(const attend_job &job, const row_block &block, uint32_t first_row)
     {
-        if (!job.exact_sums)
+        if (!job.exact_rows)
             return;
         float unit = exponent_scale((uint8_t)(127 + UNIT_TOP - top));
 #pragma unroll
         for (int r = 0; r < ROWS_A_LANE; r++) {
             uint32_t row = min(block.begin + first_row + threadIdx.x % WARP / 4 + 8 * r, block.end - 1);
             size_t at = prepared_row(job, block, row);
-            const float2 *sums = (const float2 *)(job.exact_sums + at * HEAD_DIM) + threadIdx.x % 4;
+            const float2 *sums = (const float2 *)(job.exact_queries + at * HEAD_DIM) + threadIdx.x % 4;
 #pragma unroll
             for (int n = 0; n < HEAD_DIM / 8; n++) {
                 float2 pair = __ldcg(sums + 4 * n);
@@ -95,41 +92,34 @@ struct lane_rows {
         top = new_top;
     }
 
-    /* Scores of a tile of a section, those that a row does not see. first_row: the warp's first, in the block. */
+    /* Scores of a packed tile that a row does not see as packed. first_row: the warp's first, in the block. */
     __device__ static void mask(float (&scores)[TILE / 8][4], const attend_job &job, const row_block &block,
-                                uint32_t first_row, uint32_t tile, section section)
+                                uint32_t first_row, uint32_t tile)
     {
         int begin = tile * TILE;
-        if (section == section::packed && begin >= (int)block.whole_begin && begin + TILE <= (int)block.whole_end)
+        if (begin >= (int)block.whole_begin && begin + TILE <= (int)block.whole_end)
             return;
         row_view views[ROWS_A_LANE];
 #pragma unroll
         for (int r = 0; r < ROWS_A_LANE; r++) {
             uint32_t row = block.begin + first_row + threadIdx.x % WARP / 4 + 8 * r;
             slot_sections slots = sections_of_token(job, block, slot_of_row(job, block, min(row, block.end - 1)));
-            if (section == section::sinks)
-                views[r] = {(int)slots.first - begin, (int)slots.sinks_end - 1 - begin};
-            else if (section == section::packed)
-                views[r] = {(int)slots.sinks_end - begin, (int)slots.tail_begin - 1 - begin};
-            else
-                views[r] = {(int)slots.tail_begin - begin, (int)slots.end - 1 - begin};
+            views[r] = {(int)slots.sinks_end - begin, (int)slots.tail_begin - 1 - begin};
         }
         mask_scores(scores, views);
     }
 
-    /* Weights of a tile as left operands, in parts; sums get theirs. find_scores(x) makes x the tile's scores. Bases
-     * are raised at the first tile (is_first), and where weights turn out too large: then all partners begin again
+    /* Weights of a tile as left operands, in parts; sums get theirs. find_scores(x) makes x the tile's scores, masked.
+     * Bases are raised at the first tile (is_first), and where weights turn out too large: then all partners begin again
      * with the scores, which have become weights. */
     template <int PARTS, typename FIND_SCORES>
-    __device__ void weigh_tile(uint32_t (&p)[PARTS][KEY_STEPS][4], const attend_job &job, const row_block &block,
-                               uint32_t first_row, uint32_t tile, section section, bool is_first, float log2_scale,
+    __device__ void weigh_tile(uint32_t (&p)[PARTS][KEY_STEPS][4], bool is_first, float log2_scale,
                                FIND_SCORES find_scores)
     {
         float x[TILE / 8][4], sums[ROWS_A_LANE];
         bool raises = is_first, fit;
         do {
             find_scores(x);
-            mask(x, job, block, first_row, tile, section);
             if (raises) {
                 float factors[ROWS_A_LANE];
                 raise_bases(x, softmax, factors, log2_scale);

@@ -159,9 +159,11 @@ struct tile_consumer {
             uint32_t p[PARTS][KEY_STEPS][4];
             tile_place next = {};
             tile.wait_for_keys(rings);
-            rows.template weigh_tile<PARTS>(p, job, own, first_row(), slot_tile, section::packed,
-                                            slot_tile == own.first_tile, whole_job.log2_scale,
-                                            [&](float (&scores)[TILE / 8][4]) { find_scores(scores, tile); });
+            rows.template weigh_tile<PARTS>(p, slot_tile == own.first_tile, whole_job.log2_scale,
+                                            [&](float (&scores)[TILE / 8][4]) {
+                                                find_scores(scores, tile);
+                                                rows.mask(scores, job, own, first_row(), slot_tile);
+                                            });
             arrive_as_warp(rings.free_keys(tile.at.buffer));
             add_values(rows, p, tile, next);
             tile = next;
