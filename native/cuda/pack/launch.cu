@@ -10,7 +10,7 @@ namespace {
 constexpr uint64_t FEW_BLOCKS = 128;
 
 /* Heads of all tokens from which on transformed ones are packed as many. */
-constexpr uint64_t MANY_HEADS = 8192;
+constexpr uint64_t MANY_HEADS = 5120;
 
 pack_work work_of(const pack_job &job)
 {
