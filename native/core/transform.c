@@ -7,17 +7,16 @@
 /* These run in every call, so their loops have no early end: compilers make vectors of all but the scattered stores. */
 static bool is_permutation(const uint16_t *permutation, uint32_t n)
 {
-    uint32_t n_outside = 0, n_seen = 0;
+    uint32_t n_outside = 0;
     for (uint32_t i = 0; i < n; i++)
         n_outside += permutation[i] >= n;
     if (n_outside)
         return false;
-    uint8_t seen[KSORT_MAX_HEAD_DIM] = {0};
+    uint8_t seen[KSORT_MAX_HEAD_DIM];
+    memset(seen, 0, n);
     for (uint32_t i = 0; i < n; i++)
         seen[permutation[i]] = 1;
-    for (uint32_t i = 0; i < n; i++)
-        n_seen += seen[i];
-    return n_seen == n;
+    return !memchr(seen, 0, n);
 }
 
 static bool all_positive(const float *x, size_t n)

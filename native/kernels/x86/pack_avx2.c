@@ -15,8 +15,15 @@
 uint32_t ksort_avx2_max_magnitude(const float *x, size_t n)
 {
     const __m256i magnitude_bits = _mm256_set1_epi32(0x7FFFFFFF);
-    __m256i max = _mm256_setzero_si256();
+    __m256i maxima[4] = {0};
     size_t i = 0;
+    for (; i + 32 <= n; i += 32) /* one maximum would wait for the one before */
+#pragma GCC unroll 4
+        for (int k = 0; k < 4; k++) {
+            __m256i bits = _mm256_loadu_si256((const __m256i *)(x + i + 8 * k));
+            maxima[k] = _mm256_max_epu32(maxima[k], _mm256_and_si256(bits, magnitude_bits));
+        }
+    __m256i max = _mm256_max_epu32(_mm256_max_epu32(maxima[0], maxima[1]), _mm256_max_epu32(maxima[2], maxima[3]));
     for (; i + 8 <= n; i += 8) {
         __m256i bits = _mm256_loadu_si256((const __m256i *)(x + i));
         max = _mm256_max_epu32(max, _mm256_and_si256(bits, magnitude_bits));
