@@ -147,7 +147,7 @@ typedef struct ksort_cache {
     size_t head_stride; /* bytes, a multiple of KSORT_ALIGNMENT */
     size_t n_slots;     /* capacity in tokens: slots 0 .. n_slots-1 are backed by memory (whole tiles) */
     uint32_t n_kv_heads;
-    const ksort_exact *exact; /* NULL: none. BFP types only */
+    const ksort_exact *exact; /* NULL: none. BFP and SBFP types only */
 } ksort_cache;
 
 /* The ABI version of the loaded library: equals KSORT_ABI_VERSION of the header it was built with. Thread-safe. */

@@ -106,7 +106,7 @@ def test_truncated_tokens_are_forgotten_and_bytes_counted(rng):
         ({"block_size": 64}, CacheTypeError, "block_size"),
         ({"exact_tail": -1}, CacheTypeError, "exact_tail"),
         ({"exact_tail": 1 << 21}, CacheTypeError, "exact_tail"),
-        ({"exact_sinks": 65}, CacheTypeError, "exact_sinks"),
+        ({"exact_sinks": 1025}, CacheTypeError, "exact_sinks"),
         ({"exact_sinks": 1, "cache_type_k": "f16", "cache_type_v": "bf16"}, CacheTypeError, "exact_sinks"),
         ({"layer": 2, "plan": "ksort"}, PlanError, "layer"),
         ({"layer": -1}, PlanError, "layer"),
