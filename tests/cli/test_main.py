@@ -57,7 +57,7 @@ def fails(capsys, *arguments) -> str:
         (["generate", "-m", "{dir}/stock.gguf", "-p", "x", "-c", "-1"], "--ctx-size"),
         (["generate", "-m", "{dir}/stock.gguf", "-p", "x", "-ctk", "q4_0"], "q4_0"),
         (["generate", "-m", "{dir}/folded.gguf", "-p", "x", "--cache-exact-tail", "-1"], "--cache-exact-tail -1"),
-        (["bench", "-m", "{dir}/folded.gguf", "--cache-exact-sinks", "65"], "--cache-exact-sinks 65"),
+        (["bench", "-m", "{dir}/folded.gguf", "--cache-exact-sinks", "1025"], "--cache-exact-sinks 1025"),
         (["bench", "-m", "{dir}/stock.gguf", "-ctk", "f16", "--cache-exact-tail", "9"], "neither --cache-type-k f16"),
         (["generate", "-m", "{dir}/stock.gguf"], "--prompt"),
         (["generate", "-m", "{dir}/folded.gguf", "-p", "x", "--plan-file", "{dir}/none"], "none"),
